@@ -1,0 +1,94 @@
+"""Register a model that lies on a shared filesystem, moving nothing, and load it from its path.
+
+    python Modify_artifact_location_register_inference.py --run_id <RUN_ID> --model_name MNIST_CNN
+
+For a run of Modify_artifact_location.py. You will see the model's path, the model checked on the
+whole test set before anything is registered, then the version, and a JSON object as the last line.
+In the MLflow UI the model has a new version under "Models", with the alias beside it.
+"""
+
+from common import cli
+
+MODEL_NAME = "MNIST_CNN"  # the entry in the registry that gets a new version
+ALIAS = "production"  # the label that programs load the model by
+
+
+def build_parser():
+    parser = cli.parser(__doc__)
+    parser.add_argument("--run_id", required=True, help="the run whose model is registered")
+    parser.add_argument(
+        "--model_name",
+        type=cli.model_name,
+        default=MODEL_NAME,
+        help="name in the registry (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--alias",
+        type=cli.alias,
+        default=ALIAS,
+        help="alias to point at the new version (default: %(default)s)",
+    )
+    cli.add_data_arguments(parser, dataset=None)
+    cli.add_server_arguments(parser)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+
+    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from common import data, predictions, provenance, runs, shared_storage, tracking, training
+
+    # 1. Connect, and find the run, the path of its model and the test set that it was scored on.
+    tracking.connect(args.tracking_uri, args.ca_bundle)
+    run = runs.finished_run(args.run_id)
+    model_uri = runs.model_uri(run)
+    test = data.load(predictions.recorded_dataset(run, args.dataset), args.data_dir, train=False)
+    path = shared_storage.path_of_model(model_uri)
+    print(f"run      {args.run_id}  {run.info.run_name}  {path}", flush=True)
+
+    # 2. Check the stored model on the whole test set, before anything in the registry changes.
+    try:
+        loaded = mlflow.pytorch.load_model(str(path))
+    except MlflowException as error:
+        raise SystemExit(
+            f"error: the model {path} cannot be loaded: {error.message}\n"
+            "hint:  a model in pickle format may run code when it is loaded; if you trust its "
+            "author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true and run again."
+        ) from error
+    stored = training.evaluate(loaded, test.images, test.labels)
+    predictions.check(run, test, stored)
+
+    # 3. Register and promote.
+    # [MLflow 10] register_model: a new version under "Models"; it points at the path.
+    version = mlflow.register_model(
+        model_uri, args.model_name, tags={"registered_by": provenance.user()}
+    )
+    # [MLflow 11] set_registered_model_alias: from now on the alias means this version, for
+    # everyone.
+    mlflow.MlflowClient().set_registered_model_alias(args.model_name, args.alias, version.version)
+    print(f"model    {args.model_name} version {version.version}  alias {args.alias}", flush=True)
+
+    # 4. Infer through the alias.
+    # [MLflow 12] load_model: from the path that the alias stands for; nothing is copied.
+    alias_path = shared_storage.path_of_alias(args.model_name, args.alias)
+    network = mlflow.pytorch.load_model(str(alias_path))
+    scores = training.evaluate(network, test.images, test.labels)
+    predictions.report(test, scores, f"models:/{args.model_name}@{args.alias}")
+
+    cli.print_result(
+        run_id=args.run_id,
+        model_name=args.model_name,
+        model_version=str(version.version),
+        model_uri=f"models:/{args.model_name}/{version.version}",
+        alias=args.alias,
+        model_path=str(alias_path),
+        val_accuracy=scores.accuracy,
+    )
+
+
+if __name__ == "__main__":
+    main()

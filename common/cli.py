@@ -1,0 +1,138 @@
+"""Flags that every script shares, checks of their values, and the result line.
+
+Only the standard library is imported here, so `--help` and a mistyped flag answer at once.
+If you only want the result line for your own batch jobs, copy `print_result`.
+"""
+
+import argparse
+import json
+import math
+import re
+
+DATASETS = ("mnist", "fashion_mnist", "digits")
+
+
+def parser(doc):
+    """Return a parser whose `--help` is the script's docstring, line breaks kept.
+
+    Flags cannot be abbreviated: a job file that says `--reg` today would change its meaning on the
+    day a second flag starts with those letters.
+    """
+    return argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_server_arguments(parser, experiment=None):
+    """Add the flags that say which tracking server; with `experiment`, also `--experiment`."""
+    group = parser.add_argument_group("tracking server")
+    group.add_argument(
+        "--tracking_uri",
+        metavar="URI",
+        help="where to log (default: $MLFLOW_TRACKING_URI, else the AmSC server if $AM_SC_API_KEY "
+        "is set, else sqlite:///mlflow.db)",
+    )
+    group.add_argument(
+        "--ca_bundle",
+        metavar="FILE",
+        help="PEM file of the certificate authority that signed the server's certificate "
+        "(default: $MLFLOW_TRACKING_SERVER_CERT_PATH, else the public authorities)",
+    )
+    if experiment:
+        group.add_argument(
+            "--experiment",
+            type=_name,
+            default=experiment,
+            metavar="NAME",
+            help="experiment to log into, created if it does not exist (default: %(default)s)",
+        )
+
+
+def add_data_arguments(parser, dataset="mnist"):
+    """Add `--dataset` and `--data_dir`. With `dataset=None` the run says what it was trained on."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default=dataset,
+        help="data set; digits needs no download "
+        + (
+            "(default: %(default)s)"
+            if dataset
+            else "(default: the one that the run was trained on)"
+        ),
+    )
+    group.add_argument(
+        "--data_dir",
+        default="./data",
+        metavar="DIR",
+        help="folder for the data set's files, downloaded if missing (default: %(default)s)",
+    )
+
+
+def positive_int(text):
+    """Argument type: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return value
+
+
+def seed(text):
+    """Argument type: a whole number from 0 to 2**63 - 1, what torch takes as a seed."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
+    return value
+
+
+def learning_rate(text):
+    """Argument type: a finite number above 0. With `nan`, training would run and learn nothing."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text!r}")
+    return value
+
+
+def model_name(text):
+    """Argument type: a name that the registry accepts, and that fits into a `models:/` address."""
+    if not text.strip() or re.search(r"[/:@]", text):
+        raise argparse.ArgumentTypeError(f"must not be empty or contain / : @, not {text!r}")
+    return text
+
+
+def alias(text):
+    """Argument type: a registry alias. MLflow keeps `latest` and `v1`, `v2` ... to itself."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text) or re.fullmatch(r"latest|v\d+", text.lower()):
+        raise argparse.ArgumentTypeError(
+            f"must be letters, digits, _ and -, but not 'latest' or 'v<number>': {text!r}"
+        )
+    return text
+
+
+def print_result(**values):
+    """Print one JSON object as the last line of stdout: what the next step of a job needs.
+
+    A job reads it with `tail -n 1`. NaN and infinity, which JSON does not have, become null.
+    """
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[name] = None
+    print(json.dumps(values), flush=True)
+
+
+def _name(text):
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text

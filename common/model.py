@@ -1,0 +1,56 @@
+"""The network that the scripts train, and what MLflow is told about it.
+
+If you only want the idea: normalise inside `forward`, and no training script, inference script or
+REST client can disagree about it.
+"""
+
+from importlib.metadata import version
+
+import torch.nn.functional as F
+from torch import nn
+
+PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the MNIST training set, pixels scaled to [0, 1]
+
+
+class MNISTCNN(nn.Module):
+    """Two 3x3 convolutions (32 and 64 channels), one pooling, two dense layers (9216 -> 128 -> 10).
+
+    Input: float32 pixels in [0, 1], shape (N, 1, 28, 28). Output: logits, shape (N, 10).
+    The state-dict keys are conv1, conv2, fc1 and fc2, each with weight and bias, so that weights of
+    this architecture from elsewhere load. The normalisation holds no parameters and adds no key.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3)
+        self.conv2 = nn.Conv2d(32, 64, 3)
+        self.fc1 = nn.Linear(9216, 128)
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = (x - PIXEL_MEAN) / PIXEL_STD
+        x = F.relu(self.conv1(x))  # (N, 32, 26, 26)
+        # Pooling before ReLU is the same function, and ReLU then has a quarter of the work.
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 64, 12, 12)
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.fc2(x)
+
+
+def input_example(images):
+    """Return two pictures, as pixels in [0, 1], for `log_model(input_example=...)`.
+
+    MLflow derives the signature from it and exports the model with it. Two traps: with a batch of
+    one the exported model takes batches of one for ever, and with a torch tensor in place of a
+    numpy array it cannot be served over REST.
+    """
+    return (images[:2].float() / 255).numpy()
+
+
+def pip_requirements():
+    """Return what a machine needs to load the model, in the versions at hand.
+
+    Named, because MLflow would otherwise find out by importing everything again in a second process
+    (some 4 s for each model). MLflow adds itself. `2.15.0+cu130` and the like name a build that
+    another machine may not have: the release is enough.
+    """
+    return [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "numpy")]

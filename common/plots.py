@@ -1,0 +1,30 @@
+"""Figures, returned and never written: the caller hands them to `mlflow.log_figure`.
+
+They are built without pyplot, so no screen is needed, no window opens and nothing is left in
+memory.
+"""
+
+from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+
+
+def confusion_matrix_figure(labels, predictions, class_names, title):
+    """Return a figure of the confusion matrix with counts: one row a true class, one column a
+    predicted class.
+
+    `labels` and `predictions` are sequences of N class numbers; classes that do not occur keep
+    their row and column.
+    """
+    counts = confusion_matrix(labels, predictions, labels=range(len(class_names)))
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    axes = figure.add_subplot()
+    display = ConfusionMatrixDisplay(counts, display_labels=class_names)
+    display.plot(
+        ax=axes,
+        cmap="Blues",
+        values_format="d",
+        colorbar=False,
+        xticks_rotation=45 if max(map(len, class_names)) > 2 else "horizontal",
+    )
+    axes.set_title(title)
+    return figure
