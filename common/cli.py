@@ -134,5 +134,5 @@ def print_result(**values):
 
 def _name(text):
     if not text.strip():
-        raise argparse.ArgumentTypeError("must not be empty")
+        raise argparse.ArgumentTypeError(f"must not be empty, not {text!r}")
     return text

@@ -14,15 +14,10 @@ import urllib.request
 from typing import NamedTuple
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torchvision import datasets
 
 # Seconds in which a download server has to answer at all. A compute node without a network often
 # drops packets silently, and urllib by itself would wait for minutes at each address.
 DOWNLOAD_PATIENCE = 10
-
-CLASSES = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
 
 
 class Split(NamedTuple):
@@ -45,7 +40,9 @@ def load(dataset, data_dir, train):
     if dataset == "digits":
         return _load_digits(train)
 
-    cls = CLASSES[dataset]
+    from torchvision import datasets  # here, because it takes 1.5 s to import
+
+    cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[dataset]
     folder = os.path.abspath(os.path.join(data_dir, cls.__name__, "raw"))
     files = [os.path.join(folder, name.removesuffix(".gz")) for name, _ in cls.resources]
     if not all(map(os.path.isfile, files)):
@@ -75,6 +72,9 @@ def _load_digits(train):
 
     Scaled by repeating pixels, in whole numbers, so that every machine gets the same pictures.
     """
+    from sklearn.datasets import load_digits  # here, because it takes 1 s to import
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     nearest = torch.arange(28) * 8 // 28
     images = torch.tensor(bunch.images * 255 / 16).to(torch.uint8)[:, nearest][:, :, nearest]

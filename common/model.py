@@ -17,7 +17,7 @@ class MNISTCNN(nn.Module):
 
     Input: float32 pixels in [0, 1], shape (N, 1, 28, 28). Output: logits, shape (N, 10).
     The state-dict keys are conv1, conv2, fc1 and fc2, each with weight and bias, so that weights of
-    this architecture from elsewhere load. The normalisation holds no parameters and adds no key.
+    this architecture from elsewhere load. Normalisation and dropout hold no parameters and add no key.
     """
 
     def __init__(self):
@@ -26,13 +26,14 @@ class MNISTCNN(nn.Module):
         self.conv2 = nn.Conv2d(32, 64, 3)
         self.fc1 = nn.Linear(9216, 128)
         self.fc2 = nn.Linear(128, 10)
+        self.dropout = nn.Dropout(0.5)  # while training only; `eval()` switches it off
 
     def forward(self, x):
         x = (x - PIXEL_MEAN) / PIXEL_STD
         x = F.relu(self.conv1(x))  # (N, 32, 26, 26)
         # Pooling before ReLU is the same function, and ReLU then has a quarter of the work.
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # (N, 64, 12, 12)
-        x = F.relu(self.fc1(x.flatten(1)))
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))
         return self.fc2(x)
 
 

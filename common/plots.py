@@ -5,7 +5,6 @@ memory.
 """
 
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
 
 def confusion_matrix_figure(labels, predictions, class_names, title):
@@ -15,6 +14,8 @@ def confusion_matrix_figure(labels, predictions, class_names, title):
     `labels` and `predictions` are sequences of N class numbers; classes that do not occur keep
     their row and column.
     """
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # 1 s to import
+
     counts = confusion_matrix(labels, predictions, labels=range(len(class_names)))
     figure = Figure(figsize=(7.5, 6.5), layout="constrained")
     axes = figure.add_subplot()

@@ -158,6 +158,10 @@ def _prepare_sqlite(parts):
             f"error: the local store {path} cannot be written.\n"
             "hint:  change to a folder of your own, or give --tracking_uri sqlite:////PATH/mlflow.db"
         )
+    if path.is_file() and path.open("rb").read(16) not in (b"", b"SQLite format 3\0"):
+        raise SystemExit(
+            f"error: {path} is no SQLite database.\nhint:  give another --tracking_uri."
+        )
     # MLflow would put them into ./mlruns, wherever that is at the time. This is how `mlflow server`
     # tells its own processes; a version that does not look here uses ./mlruns as before.
     os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = (path.parent / "mlruns").as_uri()
@@ -258,7 +262,7 @@ def _diagnose(error, uri, credential):
             "if the server has a certificate of your institution, give --ca_bundle FILE; "
             "if it has none, its address starts with http://."
         )
-    elif caused_by(requests.exceptions.Timeout):
+    elif caused_by(requests.exceptions.Timeout) or "ReadTimeoutError" in text:
         what = f"{address} did not answer within {FIRST_REQUEST['MLFLOW_HTTP_REQUEST_TIMEOUT']} s"
         advice = "check the address, and on a compute node whether it has a network at all."
     elif caused_by(requests.exceptions.ConnectionError) and "too many" not in text:

@@ -1,0 +1,216 @@
+"""Runs the scripts as a user does: as processes, from another folder, against real stores."""
+
+import json
+import os
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import trustme
+from gateway import Gateway
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data"  # real MNIST, where a machine has it
+KEY = "test-key-0123456789"
+
+REAL_MNIST = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no real MNIST in {REAL_DATA}")
+
+SCRIPTS = (
+    "train_mnist_mlflow.py",
+    "register_and_inference.py",
+    "upload_external_model.py",
+    "Modify_artifact_location.py",
+    "Modify_artifact_location_register_inference.py",
+)
+
+
+class Finished:
+    """A process that has ended: its exit code, what it printed, and its last line as JSON."""
+
+    def __init__(self, process, seconds):
+        self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
+        self.seconds = seconds
+
+    @property
+    def result(self):
+        return json.loads(self.out.rstrip().splitlines()[-1])
+
+    @property
+    def error(self):
+        """The message on stderr, from the line "error: ..." on."""
+        start = self.err.find("error: ")
+        assert start >= 0, f"no error message in:\n{self.err}"
+        return self.err[start:]
+
+
+def clean_environment(**variables):
+    """The environment of a user who has configured nothing, plus `variables`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith(("MLFLOW_", "_MLFLOW_", "AM_SC_", "SLURM_", "PBS_", "LSB_"))
+        and name.lower() not in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+        and name not in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PYTHONPATH")
+    }
+    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"} | variables
+
+
+def run(script, *arguments, cwd, code=0, timeout=600, **variables):
+    """Run a script of the project (or any other by its full path), and check its exit code."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    start = time.monotonic()
+    process = subprocess.run(
+        command,
+        cwd=cwd,
+        env=clean_environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    finished = Finished(process, time.monotonic() - start)
+    assert finished.code == code, f"{command} ended with {finished.code}\n{finished.out}{finished.err}"
+    return finished
+
+
+def write_idx(path, array):
+    """Write a numpy array of uint8 in the format of the MNIST files."""
+    magic = bytes([0, 0, 8, array.ndim])
+    path.write_bytes(magic + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
+
+
+def write_mnist(folder, train_count=1200, test_count=300):
+    """Write scikit-learn's digits as if they were MNIST: the four files that torchvision reads."""
+    import numpy as np
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    nearest = np.arange(28) * 8 // 28
+    images = (bunch.images * 255 / 16).astype("uint8")[:, nearest][:, :, nearest]
+    labels = bunch.target.astype("uint8")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    parts = {
+        "train": slice(0, train_count),
+        "t10k": slice(train_count, train_count + test_count),
+    }
+    for name, part in parts.items():
+        write_idx(raw / f"{name}-images-idx3-ubyte", images[part])
+        write_idx(raw / f"{name}-labels-idx1-ubyte", labels[part])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mnist_dir(tmp_path_factory):
+    """A `--data_dir` with a small data set in MNIST's format."""
+    return write_mnist(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No test works in the project's folder: opening a SQLite store makes ./mlruns."""
+    monkeypatch.chdir(tmp_path)
+
+
+class Local(NamedTuple):
+    """A folder in which the training script has run, on a local store of its own."""
+
+    folder: Path
+    trained: Finished
+
+    @property
+    def uri(self):
+        return f"sqlite:///{self.folder}/mlflow.db"
+
+    @property
+    def run_id(self):
+        return self.trained.result["run_id"]
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory):
+    """The first command of the README, run in an empty folder, with a few flags on top."""
+    folder = tmp_path_factory.mktemp("local")
+    trained = run(
+        "train_mnist_mlflow.py",
+        *("--dataset", "digits", "--register", "--epochs", 3, "--phase", "production"),
+        *("--owner", "8cf", "--note", "Baseline CNN model"),
+        cwd=folder,
+    )
+    return Local(folder, trained)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stop(process):
+    """End a server by its own process id, and all that it started."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(url, process, log, seconds=60):
+    """Wait until `url` answers with status 200."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the server ended:\n{log.read_text()}"
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"{url} did not answer within {seconds} s:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The address of a real `mlflow server` on SQLite, without a key."""
+    folder = tmp_path_factory.mktemp("server")
+    port, log = free_port(), folder / "server.log"
+    command = [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+        *("--artifacts-destination", str(folder / "artifacts")),
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=clean_environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            stop(process)
+
+
+@pytest.fixture(scope="session")
+def tls_server(server, tmp_path_factory):
+    """(a gateway that speaks TLS under a private CA and demands the key, the CA's PEM file)."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    ca_bundle = tmp_path_factory.mktemp("tls") / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca_bundle))
+    with Gateway(server, KEY, tls=context) as gateway:
+        yield gateway, ca_bundle

@@ -1,0 +1,310 @@
+"""Bad input: one sentence what, one what to do, exit code 1, within seconds, nothing left behind."""
+
+import socket
+import struct
+
+import mlflow
+import pytest
+from conftest import KEY, run, write_mnist
+from gateway import Gateway
+
+SECONDS = 40  # importing torch and mlflow takes most of it on a busy machine
+
+
+def fails(script, *arguments, cwd, **variables):
+    """Run a script that must fail with a message and no traceback; return the message."""
+    finished = run(script, *arguments, cwd=cwd, code=1, timeout=SECONDS, **variables)
+    assert "Traceback" not in finished.err
+    assert "\nhint:  " in finished.error
+    return finished.error
+
+
+def train(*arguments, cwd, **variables):
+    return fails("train_mnist_mlflow.py", "--dataset", "digits", *arguments, cwd=cwd, **variables)
+
+
+# The tracking server
+
+
+def test_amsc_server_without_key(tmp_path):
+    """No request is made: this passes on a machine without a network."""
+    uri = "https://mlflow.american-science-cloud.org"
+    error = train("--tracking_uri", uri, cwd=tmp_path)
+    assert "AM_SC_API_KEY is not set" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_key_alone_chooses_the_amsc_server(tmp_path):
+    """There is no proxy at that port, so the request ends at once, on any machine."""
+    finished = run(
+        *("train_mnist_mlflow.py", "--dataset", "digits"),
+        cwd=tmp_path,
+        code=1,
+        AM_SC_API_KEY=KEY,
+        https_proxy="http://127.0.0.1:9",
+    )
+    first = finished.out.splitlines()[0]
+    assert first.startswith("tracking https://mlflow.american-science-cloud.org  (the AmSC server")
+    assert "X-Api-Key" in first
+    assert "the proxy on the way" in finished.error
+    assert KEY not in finished.out + finished.err
+
+
+def test_wrong_key(server, tmp_path):
+    with Gateway(server, KEY) as gateway:
+        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY="not-the-key")
+    assert "refuses the request" in error and "check the key" in error
+    assert "not-the-key" not in error
+    assert len(gateway.requests) == 1
+
+
+def test_no_key_where_one_is_needed(server, tmp_path):
+    with Gateway(server, KEY, deny=403) as gateway:
+        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
+    assert "refuses the request" in error and "export AM_SC_API_KEY" in error
+
+
+def test_login_page(server, tmp_path):
+    with Gateway(server, KEY, deny="login") as gateway:
+        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
+    assert "web page" in error and "AM_SC_API_KEY" in error
+    assert "Please sign in" not in error
+
+
+def test_redirect_is_not_followed(server, tmp_path):
+    with Gateway(server, KEY) as other, Gateway(server, KEY) as gateway:
+        gateway.answer = (307, {"Location": other.uri + "/"}, b"")
+        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY=KEY)
+        assert "redirects" in error
+        assert other.requests == []
+
+
+def test_web_server_that_is_no_mlflow(server, tmp_path):
+    with Gateway(server, KEY) as gateway:
+        gateway.answer = (404, {"Content-Type": "text/html"}, b"<html>not here</html>")
+        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
+    assert "no MLflow" in error
+
+
+def test_server_in_trouble(server, tmp_path):
+    with Gateway(server, KEY) as gateway:
+        gateway.answer = (503, {"Retry-After": "3600"}, b"down for maintenance")
+        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
+    assert "answers with an error" in error and "503" in error
+
+
+def test_server_not_there(tmp_path):
+    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert "no server answers at http://127.0.0.1:9" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_host(tmp_path):
+    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI="https://no-such-host.invalid")
+    assert "is unknown" in error
+
+
+def test_server_that_never_answers(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=uri)
+    assert "did not answer within 6 s" in error
+
+
+def test_certificate_not_trusted(tls_server, tmp_path):
+    gateway, _ = tls_server
+    before = len(gateway.requests)
+    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY=KEY)
+    assert "no trusted TLS connection" in error and "--ca_bundle" in error
+    assert len(gateway.requests) == before
+
+
+def test_empty_certificate_path_does_not_switch_verification_off(tls_server, tmp_path):
+    error = train(
+        cwd=tmp_path, MLFLOW_TRACKING_URI=tls_server[0].uri, MLFLOW_TRACKING_SERVER_CERT_PATH=""
+    )
+    assert "no trusted TLS connection" in error
+
+
+def test_https_to_a_plain_http_port(server, tmp_path):
+    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=server.replace("http:", "https:"))
+    assert "no trusted TLS connection" in error and "http://" in error
+
+
+def test_ca_bundle_that_is_none(tls_server, tmp_path):
+    gateway, _ = tls_server
+    (tmp_path / "ca.pem").write_text("no certificate")
+    for name in ("ca.pem", "missing.pem"):
+        error = train("--ca_bundle", name, cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
+        assert "no PEM certificates" in error and name in error
+
+
+def test_insecure_and_ca_bundle_contradict(tls_server, tmp_path):
+    gateway, ca_bundle = tls_server
+    error = train(
+        "--ca_bundle",
+        ca_bundle,
+        cwd=tmp_path,
+        MLFLOW_TRACKING_URI=gateway.uri,
+        MLFLOW_TRACKING_INSECURE_TLS="true",
+    )
+    assert "contradicts" in error
+
+
+@pytest.mark.parametrize("uri", ["localhost:5000", "file:///tmp/mlruns", "ftp://host", "mlruns"])
+def test_address_of_no_server(uri, tmp_path):
+    assert "the tracking address" in train("--tracking_uri", uri, cwd=tmp_path)
+
+
+def test_password_in_the_address_is_refused_and_not_printed(tmp_path):
+    finished = run(
+        *("train_mnist_mlflow.py", "--tracking_uri", "https://me:pa55word@host.invalid"),
+        cwd=tmp_path,
+        code=1,
+    )
+    assert "MLFLOW_TRACKING_PASSWORD" in finished.error
+    assert "pa55word" not in finished.out + finished.err
+
+
+def test_key_that_no_header_can_carry(server, tmp_path):
+    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=server, AM_SC_API_KEY="two\nlines-of-key")
+    assert "no header can carry it" in error and "lines-of-key" not in error
+
+
+def test_local_store_in_a_folder_that_is_not_there(tmp_path):
+    error = train("--tracking_uri", f"sqlite:///{tmp_path}/missing/mlflow.db", cwd=tmp_path)
+    assert "cannot be written" in error and "missing" in error
+
+
+def test_local_store_that_is_no_database(tmp_path):
+    (tmp_path / "mlflow.db").write_text("this is no database" * 100)
+    assert "mlflow.db is no SQLite database" in train(cwd=tmp_path)
+
+
+def test_deleted_experiment(local, tmp_path):
+    client = mlflow.MlflowClient(local.uri)
+    client.delete_experiment(client.create_experiment("deleted one"))
+    error = train("--experiment", "deleted one", "--tracking_uri", local.uri, cwd=tmp_path)
+    assert "was deleted" in error
+
+
+# Runs
+
+
+def register(run_id, local, script="register_and_inference.py"):
+    return fails(script, "--run_id", run_id, cwd=local.folder)
+
+
+REGISTER_SCRIPTS = ["register_and_inference.py", "Modify_artifact_location_register_inference.py"]
+
+
+@pytest.mark.parametrize("script", REGISTER_SCRIPTS)
+def test_unknown_run(local, script):
+    error = register("0123456789abcdef0123456789abcdef", local, script)
+    assert "there is no run 0123456789abcdef" in error
+
+
+def test_run_id_that_is_none(local):
+    assert "there is no run" in register("<RUN_ID>", local)
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
+def test_run_that_did_not_finish(local, status):
+    client = mlflow.MlflowClient(local.uri)
+    run_id = client.create_run("1").info.run_id
+    if status != "RUNNING":
+        client.set_terminated(run_id, status)
+    assert f"is {status}" in register(run_id, local)
+
+
+@pytest.mark.parametrize("script", REGISTER_SCRIPTS)
+def test_run_without_a_model(local, script):
+    client = mlflow.MlflowClient(local.uri)
+    run_id = client.create_run("1").info.run_id
+    client.set_terminated(run_id)
+    assert "has no model" in register(run_id, local, script)
+    assert {m.name for m in client.search_registered_models()} <= {"MNIST_CNN"}
+
+
+def test_run_of_another_data_set(local, mnist_dir):
+    error = fails(
+        "register_and_inference.py",
+        *("--run_id", local.run_id, "--dataset", "mnist", "--data_dir", mnist_dir),
+        cwd=local.folder,
+    )
+    assert "was trained on digits, not on mnist" in error
+
+
+# Data
+
+
+NO_NETWORK = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist"])
+def test_data_missing_and_no_network(dataset, tmp_path):
+    error = fails("train_mnist_mlflow.py", "--dataset", dataset, cwd=tmp_path, **NO_NETWORK)
+    assert f"{dataset} is not in {tmp_path}/data" in error
+    assert "--dataset digits" in error and "copy data/" in error
+    store = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert [experiment.name for experiment in store.search_experiments()] == ["Default"]
+
+
+def test_data_missing_and_a_network_that_swallows_everything(tmp_path):
+    """A compute node behind a firewall: connections are neither accepted nor refused in time."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        error = fails("train_mnist_mlflow.py", cwd=tmp_path, https_proxy=proxy, http_proxy=proxy)
+    assert "no download server can be reached" in error
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("train-images-idx3-ubyte", lambda content: content[:100_000]),
+        ("train-images-idx3-ubyte", lambda content: b""),
+        ("t10k-labels-idx1-ubyte", lambda content: b"<html>not found</html>"),
+        ("t10k-labels-idx1-ubyte", lambda content: content[:-7]),
+        ("train-labels-idx1-ubyte", lambda content: content[:8] + bytes([77]) + content[9:]),
+        ("t10k-images-idx3-ubyte", lambda content: struct.pack(">4I", 0x803, 1, 28, 28) + b"0" * 784),
+    ],
+    ids=["cut", "empty", "html", "cut-labels", "label-77", "one-picture"],
+)
+def test_damaged_data_file(file, damage, tmp_path):
+    path = write_mnist(tmp_path / "data") / "MNIST" / "raw" / file
+    path.write_bytes(damage(path.read_bytes()))
+    error = fails("train_mnist_mlflow.py", cwd=tmp_path, **NO_NETWORK)
+    assert f"the files in {path.parent} are damaged" in error
+    assert path.exists()
+
+
+# The shared filesystem
+
+
+def test_target_path_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for target in (tmp_path / "file" / "models", tmp_path / "file"):
+        error = fails(
+            "Modify_artifact_location.py",
+            *("--dataset", "digits", "--target_path", target),
+            cwd=tmp_path,
+        )
+        assert f"--target_path {target} cannot be written" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_target_path_where_nothing_is_mounted(tmp_path):
+    target = "/no-such-filesystem/models"
+    error = fails("Modify_artifact_location.py", "--target_path", target, cwd=tmp_path)
+    assert "there is no /no-such-filesystem on this machine" in error
+
+
+def test_experiment_with_its_files_elsewhere(local, tmp_path):
+    target = tmp_path / "models"
+    error = fails(
+        "Modify_artifact_location.py",
+        *("--dataset", "digits", "--target_path", target, "--experiment", "mnist_cnn_pytorch"),
+        *("--tracking_uri", local.uri),
+        cwd=tmp_path,
+    )
+    assert "keeps its files at" in error and str(target) in error and "--experiment" in error
