@@ -13,11 +13,11 @@ PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the MNIST training set, pixels scal
 
 
 class MNISTCNN(nn.Module):
-    """Two 3x3 convolutions (32 and 64 channels), one pooling, two dense layers (9216 -> 128 -> 10).
+    """Two 3x3 convolutions (32, 64 channels), one pooling, two dense layers (9216 -> 128 -> 10).
 
     Input: float32 pixels in [0, 1], shape (N, 1, 28, 28). Output: logits, shape (N, 10).
     The state-dict keys are conv1, conv2, fc1 and fc2, each with weight and bias, so that weights of
-    this architecture from elsewhere load. Normalisation and dropout hold no parameters and add no key.
+    this architecture from elsewhere load: normalisation and dropout add none.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""Bad input: one sentence what, one what to do, exit code 1, within seconds, nothing left behind."""
+"""Bad input: one sentence what, one what to do, exit code 1, in seconds, nothing left behind."""
 
 import socket
 import struct
@@ -266,7 +266,10 @@ def test_data_missing_and_a_network_that_swallows_everything(tmp_path):
         ("t10k-labels-idx1-ubyte", lambda content: b"<html>not found</html>"),
         ("t10k-labels-idx1-ubyte", lambda content: content[:-7]),
         ("train-labels-idx1-ubyte", lambda content: content[:8] + bytes([77]) + content[9:]),
-        ("t10k-images-idx3-ubyte", lambda content: struct.pack(">4I", 0x803, 1, 28, 28) + b"0" * 784),
+        (
+            "t10k-images-idx3-ubyte",
+            lambda content: struct.pack(">4I", 0x803, 1, 28, 28) + b"0" * 784,
+        ),
     ],
     ids=["cut", "empty", "html", "cut-labels", "label-77", "one-picture"],
 )

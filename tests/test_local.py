@@ -110,7 +110,7 @@ def test_confusion_matrix_counts_and_labels():
 
     figure = plots.confusion_matrix_figure([0, 1, 1, 2], [0, 1, 2, 2], ["a", "b", "c"], "title")
     axes = figure.axes[0]
-    assert [text.get_text() for text in axes.texts] == list("100" "011" "001")
+    assert [text.get_text() for text in axes.texts] == list("100011001")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("Predicted label", "True label")
     assert axes.get_title() == "title"

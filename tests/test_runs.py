@@ -1,0 +1,174 @@
+"""How runs end, and what is promoted: no zombie, no alias on a model that was not checked."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import mlflow
+import pytest
+from conftest import ROOT, clean_environment, run
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_ends_the_run_as_killed(number, code, tmp_path):
+    """SIGTERM is what a batch system sends; Ctrl-C what a user does."""
+    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
+    process = subprocess.Popen(
+        [*command, "--dataset", "digits", "--epochs", "10000"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code
+    assert f"stopped by {number.name}; the run is marked KILLED" in err
+    assert "Traceback" not in err
+    (logged,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert logged.info.status == "KILLED"
+    assert logged.info.end_time
+    assert logged.data.metrics["val_accuracy"] > 0
+
+
+def test_training_that_diverges_fails(tmp_path):
+    finished = run(
+        "train_mnist_mlflow.py",
+        *("--dataset", "digits", "--lr", "1e30", "--epochs", "50", "--register"),
+        cwd=tmp_path,
+        code=1,
+    )
+    assert "diverged" in finished.error and "--lr" in finished.error
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (logged,) = client.search_runs(["1"])
+    assert logged.info.status == "FAILED"
+    assert client.search_registered_models() == []
+
+
+@pytest.fixture
+def tampered(local, tmp_path):
+    """Changes the predictions that the run in `local` recorded, and puts them back afterwards."""
+    (path,) = local.folder.glob(f"mlruns/*/{local.run_id}/artifacts/predictions/test.json")
+    kept = tmp_path / "test.json"
+    shutil.copy(path, kept)
+
+    def change(edit):
+        content = json.loads(kept.read_text())
+        edit(content)
+        path.write_text(json.dumps(content))
+        return local.run_id
+
+    yield change
+    shutil.copy(kept, path)
+
+
+def versions(local):
+    client = mlflow.MlflowClient(local.uri)
+    production = client.get_model_version_by_alias("MNIST_CNN", "production")
+    return len(client.search_model_versions("name = 'MNIST_CNN'")), str(production.version)
+
+
+def test_alias_stays_if_one_prediction_differs(local, tampered):
+    """One picture of 360, and neither a version is made nor the alias moved."""
+
+    def edit(content):
+        content["predictions"][17] = (content["predictions"][17] + 1) % 10
+
+    before = versions(local)
+    run_id = tampered(edit)
+    finished = run("register_and_inference.py", "--run_id", run_id, cwd=local.folder, code=1)
+    assert "predicts 1 of 360 test pictures differently" in finished.error
+    assert versions(local) == before
+
+
+@pytest.mark.slow
+def test_other_test_set_is_no_basis_for_a_check(local, tampered):
+    before = versions(local)
+    run_id = tampered(lambda content: content.update(digest="0" * 32))
+    finished = run("register_and_inference.py", "--run_id", run_id, cwd=local.folder, code=1)
+    assert "not the one that run" in finished.error
+    assert versions(local) == before
+
+
+OLD_RUN = """
+import sys, mlflow, torch
+sys.path.insert(0, sys.argv[1])
+from common import data, model, training
+test = data.load("digits", "unused", train=False)
+torch.manual_seed(3)
+network = model.MNISTCNN().eval()
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+mlflow.set_experiment("old")
+with mlflow.start_run() as run:
+    if sys.argv[2] != "none":
+        accuracy = training.evaluate(network, test.images, test.labels).accuracy
+        mlflow.log_metric("val_accuracy", accuracy * float(sys.argv[2]))
+    mlflow.pytorch.log_model(
+        network, name="model", input_example=model.input_example(test.images),
+        pip_requirements=["torch"], serialization_format=sys.argv[3],
+        code_paths=[sys.argv[1] + "/common"],
+    )
+print(run.info.run_id)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("factor", "form", "message"),
+    [
+        ("1", "pt2", None),
+        ("100", "pt2", None),  # a percentage
+        ("0.9", "pt2", "recognises"),
+        ("none", "pt2", "nothing to check"),
+        ("1", "pickle", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"),
+    ],
+)
+def test_run_of_an_older_script(factor, form, message, tmp_path):
+    """Without recorded predictions, its val_accuracy is what a loaded model is checked against."""
+    script = tmp_path / "old.py"
+    script.write_text(OLD_RUN)
+    run_id = run(script, ROOT, factor, form, cwd=tmp_path).out.split()[-1]
+    arguments = ("register_and_inference.py", "--run_id", run_id)
+    finished = run(*arguments, cwd=tmp_path, code=1)
+    assert "does not say which data set" in finished.error
+    arguments += ("--dataset", "digits")
+    finished = run(*arguments, cwd=tmp_path, code=1 if message else 0)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    if message:
+        assert message in finished.error
+        assert client.search_registered_models() == []
+    else:
+        assert finished.result["model_version"] == "1"
+
+
+def test_killed_outright_stays_running_and_is_refused(tmp_path):
+    """What nobody can catch: SIGKILL. The next script says so."""
+    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
+    process = subprocess.Popen(
+        [*command, "--dataset", "digits", "--epochs", "10000"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        run_id = next(line.split()[1] for line in process.stdout if line.startswith("run "))
+        time.sleep(1)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    finished = run("register_and_inference.py", "--run_id", run_id, cwd=tmp_path, code=1)
+    assert "is RUNNING" in finished.error and "killed outright" in finished.error

@@ -1,0 +1,197 @@
+"""All five scripts against a real `mlflow server` behind a gateway that demands the key."""
+
+import mlflow
+import pytest
+from conftest import KEY, ROOT, run
+from gateway import Gateway
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def gateway(server):
+    """A gateway of this test's own; whatever it let through, every request carried the key."""
+    with Gateway(server, KEY) as gateway:
+        yield gateway
+    assert gateway.requests
+    without_key = [r for r in gateway.requests if r.headers.get("x-api-key") != KEY]
+    assert without_key == []
+    assert not [r for r in gateway.requests if r.status in (401, 403) or r.status >= 500]
+
+
+@pytest.fixture
+def variables(gateway):
+    return {"MLFLOW_TRACKING_URI": gateway.uri, "AM_SC_API_KEY": KEY}
+
+
+def assert_key_was_not_shown(finished):
+    assert KEY not in finished.out + finished.err
+
+
+def test_train_register_and_infer(server, gateway, variables, tmp_path):
+    client = mlflow.MlflowClient(server)
+    trained = run(
+        "train_mnist_mlflow.py",
+        *("--dataset", "digits", "--register", "--model_name", "SERVED_CNN"),
+        cwd=tmp_path,
+        **variables,
+    )
+    first, second = trained.out.splitlines()[:2]
+    assert first == f"tracking {gateway.uri}  (from MLFLOW_TRACKING_URI; X-Api-Key)"
+    run_id = trained.result["run_id"]
+    assert second.endswith(f"/runs/{run_id}") and second.startswith(f"run      {run_id}")
+    assert list(tmp_path.iterdir()) == []
+
+    # The plot, the predictions and the model went through the gateway, with the key.
+    uploads = [r.path for r in gateway.artifact_uploads()]
+    for name in ("confusion_matrix.png", "predictions/test.json", "MLmodel", "model.pt2"):
+        assert sum(path.endswith(name) for path in uploads) == 1, name
+
+    logged = client.get_run(run_id)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.metrics["val_accuracy"] == trained.result["val_accuracy"]
+    version = client.get_model_version_by_alias("SERVED_CNN", "production")
+    assert (str(version.version), version.run_id) == ("1", run_id)
+    assert KEY not in str(logged.to_dictionary())
+
+    # The guide's second command, on the same run: another version, and the alias on it.
+    registered = run(
+        "register_and_inference.py",
+        *("--run_id", run_id, "--model_name", "SERVED_CNN"),
+        cwd=tmp_path,
+        **variables,
+    )
+    assert registered.result["model_version"] == "2"
+    assert registered.result["val_accuracy"] == trained.result["val_accuracy"]
+    version = client.get_model_version_by_alias("SERVED_CNN", "production")
+    assert str(version.version) == "2"
+    assert_key_was_not_shown(trained)
+    assert_key_was_not_shown(registered)
+
+
+def test_upload(server, gateway, variables, tmp_path):
+    import torch
+
+    from common import model
+
+    torch.save(model.MNISTCNN().state_dict(), tmp_path / "weights.pth")
+    uploaded = run(
+        "upload_external_model.py",
+        *("--model_path", "weights.pth", "--dataset", "digits"),
+        *("--model_name", "UPLOADED_CNN", "--alias", "candidate"),
+        cwd=tmp_path,
+        **variables,
+    )
+    version = mlflow.MlflowClient(server).get_model_version_by_alias("UPLOADED_CNN", "candidate")
+    assert version.run_id == uploaded.result["run_id"]
+    assert any(r.path.endswith("model.pt2") for r in gateway.artifact_uploads())
+    assert_key_was_not_shown(uploaded)
+
+
+def test_large_model_pair_sends_no_file_to_the_server(server, gateway, variables, tmp_path):
+    target, work = tmp_path / "shared", tmp_path / "work"
+    work.mkdir()
+    trained = run(
+        "Modify_artifact_location.py",
+        *("--dataset", "digits", "--target_path", target, "--experiment", tmp_path.name),
+        cwd=work,
+        **variables,
+    )
+    registered = run(
+        "Modify_artifact_location_register_inference.py",
+        *("--run_id", trained.result["run_id"], "--model_name", "LARGE_CNN"),
+        cwd=work,
+        **variables,
+    )
+    assert registered.result["model_path"] == trained.result["model_path"]
+    assert registered.result["val_accuracy"] == trained.result["val_accuracy"]
+    assert [r.path for r in gateway.requests if "mlflow-artifacts" in r.path] == []
+    assert list(work.iterdir()) == []
+    version = mlflow.MlflowClient(server).get_model_version_by_alias("LARGE_CNN", "production")
+    assert version.run_id == trained.result["run_id"]
+
+
+def test_tls_with_a_private_authority(tls_server, tmp_path):
+    gateway, ca_bundle = tls_server
+    flags = ("--dataset", "digits", "--ca_bundle", ca_bundle)
+    uri = {"MLFLOW_TRACKING_URI": gateway.uri, "AM_SC_API_KEY": KEY + "\n"}
+    before = len(gateway.requests)
+    finished = run("train_mnist_mlflow.py", *flags, cwd=tmp_path, **uri)
+    made = gateway.requests[before:]
+    assert made and all(r.headers.get("x-api-key") == KEY for r in made)
+    assert_key_was_not_shown(finished)
+
+
+def test_tls_unverified_is_the_users_own_choice_and_said_once(tls_server, tmp_path):
+    gateway, _ = tls_server
+    finished = run(
+        *("train_mnist_mlflow.py", "--dataset", "digits"),
+        cwd=tmp_path,
+        MLFLOW_TRACKING_URI=gateway.uri,
+        MLFLOW_TRACKING_INSECURE_TLS="true",
+        AM_SC_API_KEY=KEY,
+    )
+    assert finished.err.count("TLS is not verified") == 1
+    assert "InsecureRequestWarning" not in finished.err
+
+
+GUIDES_PATCH = """
+import os, mlflow.utils.rest_utils as rest, mlflow
+original = rest.http_request
+def patched(host_creds, endpoint, method, **kwargs):
+    kwargs["extra_headers"] = {"X-Api-Key": os.environ["AM_SC_API_KEY"]}
+    return original(host_creds, endpoint, method, **kwargs)
+rest.http_request = patched
+with mlflow.start_run(experiment_id=mlflow.create_experiment("patched")):
+    mlflow.log_param("reached", "rest")
+    mlflow.log_text("text", "file.txt")
+"""
+
+
+def test_the_gateway_would_catch_a_missing_key(server, tmp_path):
+    """A witness: the patch that the guide used to describe fails at the artifact upload."""
+    script = tmp_path / "patch.py"
+    script.write_text(GUIDES_PATCH)
+    with Gateway(server, KEY) as gateway:
+        finished = run(
+            script, cwd=tmp_path, code=1, MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY=KEY
+        )
+    assert "401" in finished.err
+    refused = [r for r in gateway.requests if r.status == 401]
+    assert [r.method for r in refused] == ["PUT"] and "/mlflow-artifacts/" in refused[0].path
+    assert any(r.path.endswith("/runs/log-parameter") and r.status == 200 for r in gateway.requests)
+
+
+HEADERS = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import mlflow
+from mlflow.tracking.request_header.registry import resolve_request_headers
+from common import tracking
+tracking.send_api_key()
+tracking.send_api_key()
+for uri in sys.argv[2:]:
+    mlflow.set_tracking_uri(uri)
+    print(uri, resolve_request_headers().get("X-Api-Key"))
+os.environ["AM_SC_API_KEY"] = " renewed\\n"
+print("renewed", resolve_request_headers().get("X-Api-Key"))
+"""
+
+
+def test_where_the_key_goes_and_where_it_does_not(tmp_path):
+    script = tmp_path / "headers.py"
+    script.write_text(HEADERS)
+    uris = (
+        "http://far.example",
+        "http://127.0.0.1:5000",
+        "http://localhost",
+        "https://far.example",
+    )
+    lines = run(script, ROOT, *uris, cwd=tmp_path, AM_SC_API_KEY=KEY).out.splitlines()
+    assert lines == [
+        "http://far.example None",
+        f"http://127.0.0.1:5000 {KEY}",
+        f"http://localhost {KEY}",
+        f"https://far.example {KEY}",
+        "renewed renewed",
+    ]

@@ -1,0 +1,185 @@
+"""Weights from elsewhere: read without running code, checked, logged, registered on request."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import mlflow
+import pytest
+import torch
+from conftest import clean_environment, run
+
+from common import model
+
+# Plain PyTorch, as one finds it outside this project: the guide's network, its own loop.
+ELSEWHERE = """
+import sys, torch
+import torch.nn as nn, torch.nn.functional as F
+from sklearn.datasets import load_digits
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, 1)
+        self.conv2 = nn.Conv2d(32, 64, 3, 1)
+        self.fc1 = nn.Linear(9216, 128)
+        self.fc2 = nn.Linear(128, 10)
+    def forward(self, x):
+        x = F.relu(self.conv1(x))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return F.log_softmax(self.fc2(F.relu(self.fc1(torch.flatten(x, 1)))), dim=1)
+
+torch.manual_seed(1)
+bunch = load_digits()
+x = F.interpolate(torch.tensor(bunch.images / 16, dtype=torch.float32)[:, None], size=28)
+x, y = (x - 0.1307) / 0.3081, torch.tensor(bunch.target)
+net = Net()
+optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+for epoch in range(2):
+    for i in torch.randperm(1400).split(64):
+        optimizer.zero_grad()
+        F.nll_loss(net(x[i]), y[i]).backward()
+        optimizer.step()
+torch.save(net.state_dict(), "my_local_mnist_model.pth")
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere_weights(tmp_path_factory):
+    """The file that a script outside this project saved, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-c", ELSEWHERE]
+    subprocess.run(command, cwd=folder, env=clean_environment(), check=True)
+    return folder / "my_local_mnist_model.pth"
+
+
+def upload(path, cwd, *flags, code=0):
+    flags = ("--model_path", path, "--dataset", "digits", *flags)
+    return run("upload_external_model.py", *flags, cwd=cwd, code=code)
+
+
+def test_weights_of_plain_pytorch_code(elsewhere_weights, tmp_path):
+    """The guide's command. They are as good here as there: the normalisation is the same."""
+    finished = upload(elsewhere_weights, tmp_path, "--note", "from the laptop")
+    assert finished.result["val_accuracy"] > 0.9
+    assert "model_version" not in finished.result
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    logged = client.get_run(finished.result["run_id"])
+    assert logged.info.status == "FINISHED"
+    assert logged.info.run_name.startswith("MNIST_external_")
+    assert logged.data.tags["source.file"] == "my_local_mnist_model.pth"
+    assert len(logged.data.tags["source.sha256"]) == 64
+    assert logged.data.tags["mlflow.note.content"] == "from the laptop"
+    assert logged.data.metrics["val_accuracy"] == finished.result["val_accuracy"]
+    assert client.search_registered_models() == []
+
+
+def as_pt(state, path):
+    torch.save(state, path.with_suffix(".pt"))
+    return path.with_suffix(".pt")
+
+
+def as_safetensors(state, path):
+    from safetensors.torch import save_file
+
+    save_file(state, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+def as_checkpoint(state, path):
+    torch.save({"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}}, path)
+    return path
+
+
+def as_data_parallel(state, path):
+    torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    return path
+
+
+def as_legacy_file(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+FORMS = [as_pt, as_safetensors, as_checkpoint, as_data_parallel, as_legacy_file]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_a_state_dict(form, tmp_path):
+    from common import weights
+
+    state = model.MNISTCNN().state_dict()
+    path = form(state, tmp_path / "weights.pth")
+    network = model.MNISTCNN()
+    weights.load(network, path)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+@pytest.mark.slow
+def test_registered_with_alias(elsewhere_weights, tmp_path):
+    finished = upload(
+        elsewhere_weights, tmp_path, "--model_name", "EXTERNAL", "--alias", "candidate"
+    )
+    assert finished.result["model_uri"] == "models:/EXTERNAL/1"
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    version = client.get_model_version_by_alias("EXTERNAL", "candidate")
+    assert version.run_id == finished.result["run_id"]
+
+
+class RunsCode:
+    """A pickle that makes a file when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+def other_network(path):
+    state = model.MNISTCNN().state_dict()
+    state["fc3.weight"] = state.pop("fc2.weight")
+    state["conv1.weight"] = torch.zeros(16, 1, 3, 3)
+    torch.save(state, path)
+
+
+BAD_FILES = {
+    "another network": (other_network, ["missing fc2.weight", "unexpected fc3.weight", "(16, 1, 3, 3)"]),
+    "a whole model": (lambda path: torch.save(model.MNISTCNN(), path), ["no file of plain weights"]),
+    "code": (lambda path: torch.save(RunsCode(), path), ["no file of plain weights"]),
+    "a bare pickle": (lambda path: path.write_bytes(pickle.dumps(RunsCode())), ["no file of plain"]),
+    "text": (lambda path: path.write_text("epoch,loss\n1,0.3\n"), ["no file of plain weights"]),
+    "empty": (lambda path: path.write_bytes(b""), ["no file of plain weights"]),
+    "a tensor": (lambda path: torch.save(torch.zeros(3), path), ["holds Tensor, not a dict"]),
+    "settings": (lambda path: torch.save({"lr": 0.1}, path), ["holds a dict of lr"]),
+    "a folder": (lambda path: path.mkdir(), ["cannot be read"]),
+    "nothing": (lambda path: None, ["cannot be read", "No such file"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_file(kind, tmp_path):
+    make, messages = BAD_FILES[kind]
+    path = tmp_path / "weights.pth"
+    make(path)
+    work = tmp_path / "work"
+    work.mkdir()
+    finished = upload(path, work, code=1)
+    for message in messages:
+        assert message in finished.error
+    assert str(path) in finished.error and "\nhint:  " in finished.error
+    assert "Traceback" not in finished.err
+    assert list(work.iterdir()) == [], "something was logged, or code from the file was run"
+
+
+@pytest.mark.parametrize("cut", [100, 4000])
+def test_file_that_is_cut_short(cut, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(model.MNISTCNN().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert "no file of plain weights" in upload(path, tmp_path, code=1).error
+
+
+def test_safetensors_that_is_none(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"\xff" * 100)
+    assert "no file of plain weights" in upload(path, tmp_path, code=1).error
