@@ -5,13 +5,28 @@ plain `torch.load` can.
 """
 
 import pickle
-import zipfile
+import struct
 
 import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 # Where training scripts put the state dict when they save more than it.
 CHECKPOINT_KEYS = ("model_state_dict", "state_dict", "model")
+
+# What torch's restricted unpickler has been seen to raise: on a pickle that wants to run code, on
+# text, on an archive of something else, on a file that is cut short, on random bytes.
+NOT_WEIGHTS = (
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 def load(network, path):
@@ -54,16 +69,7 @@ def read(path):
         raise SystemExit(
             f"error: {path} cannot be read: {error.strerror or error}.\nhint:  check --model_path."
         ) from error
-    # A pickle that wants to run code, text, an archive of something else, a file that is cut short.
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        KeyError,
-        RuntimeError,
-        UnicodeDecodeError,
-        ValueError,
-    ) as error:
+    except NOT_WEIGHTS as error:
         reason = (
             str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         )
@@ -94,10 +100,14 @@ def read(path):
 
 def _read_safetensors(path):
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise SystemExit(
             f"error: {path} is a safetensors file, and the package safetensors is not installed.\n"
             "hint:  pip install safetensors"
         ) from error
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(error) from error

@@ -143,10 +143,19 @@ def other_network(path):
 
 
 BAD_FILES = {
-    "another network": (other_network, ["missing fc2.weight", "unexpected fc3.weight", "(16, 1, 3, 3)"]),
-    "a whole model": (lambda path: torch.save(model.MNISTCNN(), path), ["no file of plain weights"]),
+    "another network": (
+        other_network,
+        ["missing fc2.weight", "unexpected fc3.weight", "(16, 1, 3, 3)"],
+    ),
+    "a whole model": (
+        lambda path: torch.save(model.MNISTCNN(), path),
+        ["no file of plain weights"],
+    ),
     "code": (lambda path: torch.save(RunsCode(), path), ["no file of plain weights"]),
-    "a bare pickle": (lambda path: path.write_bytes(pickle.dumps(RunsCode())), ["no file of plain"]),
+    "a bare pickle": (
+        lambda path: path.write_bytes(pickle.dumps(RunsCode())),
+        ["no file of plain"],
+    ),
     "text": (lambda path: path.write_text("epoch,loss\n1,0.3\n"), ["no file of plain weights"]),
     "empty": (lambda path: path.write_bytes(b""), ["no file of plain weights"]),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), ["holds Tensor, not a dict"]),

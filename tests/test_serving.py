@@ -1,0 +1,67 @@
+"""The registered model, served by MLflow itself and asked over REST."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import clean_environment, free_port, stop, wait_for
+
+from common import data
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def endpoint(local):
+    """`mlflow models serve`, as the README has it, on a port of its own."""
+    port, log = free_port(), local.folder.parent / "serving.log"
+    bin_folder = Path(sys.executable).parent  # serve looks for uvicorn on the PATH
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                *(str(bin_folder / "mlflow"), "models", "serve"),
+                *("-m", "models:/MNIST_CNN@production", "--env-manager", "local"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
+            cwd=local.folder,
+            env=clean_environment(
+                MLFLOW_TRACKING_URI=local.uri, PATH=f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+            ),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}/ping", process, log)
+            yield f"http://127.0.0.1:{port}/invocations"
+        finally:
+            stop(process)
+
+
+def ask(endpoint, payload):
+    request = urllib.request.Request(
+        endpoint, json.dumps(payload).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)["predictions"]
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_pictures_are_recognised(endpoint, count):
+    """Pixels in [0, 1] and nothing else: the model normalises by itself."""
+    test = data.load("digits", "unused", train=False)
+    pixels = (test.images[:count].float() / 255).tolist()
+    logits = ask(endpoint, {"inputs": pixels})
+    assert len(logits) == count and {len(row) for row in logits} == {10}
+    predicted = [row.index(max(row)) for row in logits]
+    correct = sum(p == t for p, t in zip(predicted, test.labels.tolist(), strict=False))
+    assert correct >= 0.9 * count
+
+
+def test_the_example_stored_with_the_model_is_a_ready_request(endpoint, local):
+    (example,) = local.folder.glob("mlruns/1/models/*/artifacts/serving_input_example.json")
+    assert len(ask(endpoint, json.loads(example.read_text()))) == 2
