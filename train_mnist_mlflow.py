@@ -70,7 +70,10 @@ def build_parser():
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.model_name != MODEL_NAME and not args.register:
+        parser.error("--model_name needs --register")
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import importlib.util
@@ -172,7 +175,10 @@ def main(argv=None):
         # [MLflow 7] log_figure: a picture in the tab "Artifacts", with no file left behind here.
         mlflow.log_figure(
             plots.confusion_matrix_figure(
-                test.labels, scores.predictions, test.class_names, f"{args.dataset}, test set"
+                test.labels,
+                scores.predictions,
+                test.class_names,
+                f"{args.dataset} test set, accuracy {scores.accuracy:.4f}",
             ),
             "plots/confusion_matrix.png",
         )

@@ -106,7 +106,10 @@ def main(argv=None):
         # [MLflow 7] log_figure: a picture in the tab "Artifacts", with no file left behind here.
         mlflow.log_figure(
             plots.confusion_matrix_figure(
-                test.labels, scores.predictions, test.class_names, f"{args.dataset}, test set"
+                test.labels,
+                scores.predictions,
+                test.class_names,
+                f"{args.dataset} test set, accuracy {scores.accuracy:.4f}",
             ),
             "plots/confusion_matrix.png",
         )

@@ -29,7 +29,9 @@ def finished_run(run_id):
             "and is better trained again.",
             "SCHEDULED": "wait until it has finished.",
         }.get(status, "train again; only a finished run can be registered.")
-        raise SystemExit(f"error: the run {run_id} is {status}.\nhint:  {advice}")
+        raise SystemExit(
+            f"error: the run {run_id} has not finished: it is {status}.\nhint:  {advice}"
+        )
     return run
 
 

@@ -8,7 +8,8 @@ gone. So the folder is checked before any work. Copy `prepare` and `existing_pat
 import os
 import tempfile
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import mlflow
 
@@ -49,7 +50,7 @@ def check_experiment(name, folder):
         return
     location = urlsplit(experiment.artifact_location)
     if location.scheme in ("", "file") and os.path.realpath(
-        unquote(location.path)
+        url2pathname(location.path)
     ) == os.path.realpath(folder):
         return
     raise SystemExit(
@@ -70,7 +71,7 @@ def new_path(location):
             f"error: this model lies on the server ({location}), not on a shared filesystem.\n"
             "hint:  use register_and_inference.py, or train with Modify_artifact_location.py."
         )
-    return Path(unquote(parts.path))
+    return Path(url2pathname(parts.path))
 
 
 def existing_path(location):

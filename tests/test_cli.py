@@ -88,6 +88,11 @@ def test_flags_cannot_be_abbreviated(tmp_path):
     assert "--epoch 3" in run("train_mnist_mlflow.py", "--epoch", 3, cwd=tmp_path, code=2).err
 
 
+def test_model_name_without_register(tmp_path):
+    err = run("train_mnist_mlflow.py", "--model_name", "MINE", cwd=tmp_path, code=2).err
+    assert "--model_name needs --register" in err
+
+
 def test_alias_without_model_name(tmp_path):
     arguments = ("--model_path", "x.pth", "--alias", "production")
     err = run("upload_external_model.py", *arguments, cwd=tmp_path, code=2).err

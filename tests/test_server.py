@@ -30,17 +30,21 @@ def assert_key_was_not_shown(finished):
 
 def test_train_register_and_infer(server, gateway, variables, tmp_path):
     client = mlflow.MlflowClient(server)
+    scratch, work = tmp_path / "scratch", tmp_path / "work"
+    scratch.mkdir()
+    work.mkdir()
+    variables["TMPDIR"] = str(scratch)
     trained = run(
         "train_mnist_mlflow.py",
         *("--dataset", "digits", "--register", "--model_name", "SERVED_CNN"),
-        cwd=tmp_path,
+        cwd=work,
         **variables,
     )
     first, second = trained.out.splitlines()[:2]
     assert first == f"tracking {gateway.uri}  (from MLFLOW_TRACKING_URI; X-Api-Key)"
     run_id = trained.result["run_id"]
     assert second.endswith(f"/runs/{run_id}") and second.startswith(f"run      {run_id}")
-    assert list(tmp_path.iterdir()) == []
+    assert list(work.iterdir()) == []
 
     # The plot, the predictions and the model went through the gateway, with the key.
     uploads = [r.path for r in gateway.artifact_uploads()]
@@ -58,7 +62,7 @@ def test_train_register_and_infer(server, gateway, variables, tmp_path):
     registered = run(
         "register_and_inference.py",
         *("--run_id", run_id, "--model_name", "SERVED_CNN"),
-        cwd=tmp_path,
+        cwd=work,
         **variables,
     )
     assert registered.result["model_version"] == "2"
@@ -67,6 +71,8 @@ def test_train_register_and_infer(server, gateway, variables, tmp_path):
     assert str(version.version) == "2"
     assert_key_was_not_shown(trained)
     assert_key_was_not_shown(registered)
+    # MLflow leaves each model that it downloads in TMPDIR; the scripts do not.
+    assert [path for path in scratch.rglob("*") if path.is_file()] == []
 
 
 def test_upload(server, gateway, variables, tmp_path):
