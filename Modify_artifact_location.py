@@ -18,13 +18,13 @@ def build_parser():
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--batch_size",
-        type=cli.positive_int,
+        type=cli.whole_number(1),
         default=64,
         help="pictures a step (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
-        type=cli.positive_int,
+        type=cli.whole_number(1),
         default=1,
         help="passes over the training set (default: %(default)s)",
     )
@@ -57,7 +57,7 @@ def build_parser():
     )
     parser.add_argument(
         "--seed",
-        type=cli.seed,
+        type=cli.whole_number(0),
         default=0,
         help="seed of the weights and of the order of pictures (default: %(default)s)",
     )
@@ -115,8 +115,7 @@ def main(argv=None):
     # writes to a file:// location from here, on this machine; the server never sees the files.
     if mlflow.get_experiment_by_name(args.experiment) is None:
         mlflow.create_experiment(args.experiment, artifact_location=folder.as_uri())
-    # [MLflow 1] set_experiment: the run joins the others of this experiment, in the UI's left
-    # column.
+    # [MLflow 1] set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
     owner = args.owner or provenance.user()
 
@@ -160,7 +159,7 @@ def main(argv=None):
                 "device": device.type,
             }
         )
-        # [MLflow 5] log_input: which data, by name and digest; under "Datasets used" on the page.
+        # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.
         for split, context in ((train, "training"), (test, "validation")):
             dataset = mlflow.data.from_numpy(
                 split.images.numpy(),
@@ -177,8 +176,7 @@ def main(argv=None):
             )
             network.eval()
             scores = training.evaluate(network, test_images, test_labels)
-            # [MLflow 6] log_metrics: one point on each curve, in one request; the tab "Model
-            # metrics".
+            # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
             mlflow.log_metrics({"train_loss": loss, "val_accuracy": scores.accuracy}, step=epoch)
             print(
                 f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  "
@@ -200,8 +198,7 @@ def main(argv=None):
             ),
             "plots/confusion_matrix.png",
         )
-        # [MLflow 8] log_dict: the prediction for each test picture, to check a loaded model
-        # against.
+        # [MLflow 8] log_dict: what it predicts for each test picture, to check a loaded model by.
         mlflow.log_dict(
             predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
         )

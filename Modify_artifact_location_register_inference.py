@@ -67,8 +67,7 @@ def main(argv=None):
     version = mlflow.register_model(
         model_uri, args.model_name, tags={"registered_by": provenance.user()}
     )
-    # [MLflow 11] set_registered_model_alias: from now on the alias means this version, for
-    # everyone.
+    # [MLflow 11] set_registered_model_alias: the alias now means this version, for everyone.
     mlflow.MlflowClient().set_registered_model_alias(args.model_name, args.alias, version.version)
     print(f"model    {args.model_name} version {version.version}  alias {args.alias}", flush=True)
 

@@ -53,8 +53,7 @@ def main(argv=None):
 
     # 2. Check the stored model on the whole test set, before anything in the registry changes.
     try:
-        # A downloaded model stays behind in TMPDIR, a full copy each time, unless dst_path says
-        # where.
+        # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
         with tempfile.TemporaryDirectory() as folder:
             loaded = mlflow.pytorch.load_model(model_uri, dst_path=folder)
             stored = training.evaluate(loaded, test.images, test.labels)
@@ -71,8 +70,7 @@ def main(argv=None):
     version = mlflow.register_model(
         model_uri, args.model_name, tags={"registered_by": provenance.user()}
     )
-    # [MLflow 11] set_registered_model_alias: from now on the alias means this version, for
-    # everyone.
+    # [MLflow 11] set_registered_model_alias: the alias now means this version, for everyone.
     mlflow.MlflowClient().set_registered_model_alias(args.model_name, args.alias, version.version)
     print(f"model    {args.model_name} version {version.version}  alias {args.alias}", flush=True)
 

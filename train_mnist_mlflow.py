@@ -21,13 +21,13 @@ def build_parser():
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--batch_size",
-        type=cli.positive_int,
+        type=cli.whole_number(1),
         default=64,
         help="pictures a step (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
-        type=cli.positive_int,
+        type=cli.whole_number(1),
         default=1,
         help="passes over the training set (default: %(default)s)",
     )
@@ -60,7 +60,7 @@ def build_parser():
     )
     parser.add_argument(
         "--seed",
-        type=cli.seed,
+        type=cli.whole_number(0),
         default=0,
         help="seed of the weights and of the order of pictures (default: %(default)s)",
     )
@@ -97,8 +97,7 @@ def main(argv=None):
     images, labels = train.images.to(device), train.labels.to(device)
     test_images, test_labels = test.images.to(device), test.labels.to(device)
 
-    # [MLflow 1] set_experiment: the run joins the others of this experiment, in the UI's left
-    # column.
+    # [MLflow 1] set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
     owner = args.owner or provenance.user()
 
@@ -142,7 +141,7 @@ def main(argv=None):
                 "device": device.type,
             }
         )
-        # [MLflow 5] log_input: which data, by name and digest; under "Datasets used" on the page.
+        # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.
         for split, context in ((train, "training"), (test, "validation")):
             dataset = mlflow.data.from_numpy(
                 split.images.numpy(),
@@ -159,8 +158,7 @@ def main(argv=None):
             )
             network.eval()
             scores = training.evaluate(network, test_images, test_labels)
-            # [MLflow 6] log_metrics: one point on each curve, in one request; the tab "Model
-            # metrics".
+            # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
             mlflow.log_metrics({"train_loss": loss, "val_accuracy": scores.accuracy}, step=epoch)
             print(
                 f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  "
@@ -182,8 +180,7 @@ def main(argv=None):
             ),
             "plots/confusion_matrix.png",
         )
-        # [MLflow 8] log_dict: the prediction for each test picture, to check a loaded model
-        # against.
+        # [MLflow 8] log_dict: what it predicts for each test picture, to check a loaded model by.
         mlflow.log_dict(
             predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
         )
@@ -205,8 +202,7 @@ def main(argv=None):
 
     # 3. Check, register, promote.
     if args.register:
-        # A downloaded model stays behind in TMPDIR, a full copy each time, unless dst_path says
-        # where.
+        # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
         with tempfile.TemporaryDirectory() as folder:
             loaded = mlflow.pytorch.load_model(logged.model_uri, dst_path=folder)
             stored = training.evaluate(loaded, test.images, test.labels)

@@ -113,8 +113,7 @@ def main(argv=None):
             ),
             "plots/confusion_matrix.png",
         )
-        # [MLflow 8] log_dict: the prediction for each test picture, to check a loaded model
-        # against.
+        # [MLflow 8] log_dict: what it predicts for each test picture, to check a loaded model by.
         mlflow.log_dict(
             predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
         )
@@ -127,7 +126,7 @@ def main(argv=None):
         )
 
     # 3. Check what is stored, on the whole test set.
-    # A downloaded model stays behind in TMPDIR, a full copy each time, unless dst_path says where.
+    # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
     with tempfile.TemporaryDirectory() as folder:
         loaded = mlflow.pytorch.load_model(logged.model_uri, dst_path=folder)
         loaded_scores = training.evaluate(loaded, test.images, test.labels)

@@ -72,26 +72,21 @@ def add_data_arguments(parser, dataset="mnist"):
     )
 
 
-def positive_int(text):
-    """Argument type: a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return value
+def whole_number(minimum):
+    """Return an argument type: a whole number from `minimum` to what torch takes as a seed."""
 
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if not minimum <= value < 2**63:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {minimum}, not {text!r}"
+            )
+        return value
 
-def seed(text):
-    """Argument type: a whole number from 0 to 2**63 - 1, what torch takes as a seed."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
-    return value
+    return parse
 
 
 def learning_rate(text):

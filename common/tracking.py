@@ -89,8 +89,7 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     parts = _check_address(uri)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    # Not the user's choice: `requests` would take X-Api-Key along to whatever host is redirected
-    # to.
+    # Not the user's choice: `requests` would take X-Api-Key along to any host it is sent on to.
     os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
     if not sys.stderr.isatty():
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
