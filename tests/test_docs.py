@@ -48,6 +48,7 @@ def bash_blocks():
 def shape(output):
     """What stays the same from run to run: the words of each line, the names in the JSON line."""
     lines = []
+    output = output[output.index("tracking ") :]  # pip has printed before it
     for line in output.strip().splitlines():
         if line.startswith("{"):
             lines.append(list(json.loads(line)))

@@ -34,6 +34,7 @@ def test_amsc_server_without_key(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_key_alone_chooses_the_amsc_server(tmp_path):
     """There is no proxy at that port, so the request ends at once, on any machine."""
     finished = run(
@@ -58,6 +59,7 @@ def test_wrong_key(server, tmp_path):
     assert len(gateway.requests) == 1
 
 
+@pytest.mark.slow
 def test_no_key_where_one_is_needed(server, tmp_path):
     with Gateway(server, KEY, deny=403) as gateway:
         error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
@@ -71,6 +73,7 @@ def test_login_page(server, tmp_path):
     assert "Please sign in" not in error
 
 
+@pytest.mark.slow
 def test_redirect_is_not_followed(server, tmp_path):
     with Gateway(server, KEY) as other, Gateway(server, KEY) as gateway:
         gateway.answer = (307, {"Location": other.uri + "/"}, b"")
@@ -79,6 +82,7 @@ def test_redirect_is_not_followed(server, tmp_path):
         assert other.requests == []
 
 
+@pytest.mark.slow
 def test_web_server_that_is_no_mlflow(server, tmp_path):
     with Gateway(server, KEY) as gateway:
         gateway.answer = (404, {"Content-Type": "text/html"}, b"<html>not here</html>")
@@ -86,6 +90,7 @@ def test_web_server_that_is_no_mlflow(server, tmp_path):
     assert "no MLflow" in error
 
 
+@pytest.mark.slow
 def test_server_in_trouble(server, tmp_path):
     with Gateway(server, KEY) as gateway:
         gateway.answer = (503, {"Retry-After": "3600"}, b"down for maintenance")
@@ -99,11 +104,13 @@ def test_server_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_unknown_host(tmp_path):
     error = train(cwd=tmp_path, MLFLOW_TRACKING_URI="https://no-such-host.invalid")
     assert "is unknown" in error
 
 
+@pytest.mark.slow
 def test_server_that_never_answers(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -119,6 +126,7 @@ def test_certificate_not_trusted(tls_server, tmp_path):
     assert len(gateway.requests) == before
 
 
+@pytest.mark.slow
 def test_empty_certificate_path_does_not_switch_verification_off(tls_server, tmp_path):
     error = train(
         cwd=tmp_path, MLFLOW_TRACKING_URI=tls_server[0].uri, MLFLOW_TRACKING_SERVER_CERT_PATH=""
@@ -126,11 +134,13 @@ def test_empty_certificate_path_does_not_switch_verification_off(tls_server, tmp
     assert "no trusted TLS connection" in error
 
 
+@pytest.mark.slow
 def test_https_to_a_plain_http_port(server, tmp_path):
     error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=server.replace("http:", "https:"))
     assert "no trusted TLS connection" in error and "http://" in error
 
 
+@pytest.mark.slow
 def test_ca_bundle_that_is_none(tls_server, tmp_path):
     gateway, _ = tls_server
     (tmp_path / "ca.pem").write_text("no certificate")
@@ -139,6 +149,7 @@ def test_ca_bundle_that_is_none(tls_server, tmp_path):
         assert "no PEM certificates" in error and name in error
 
 
+@pytest.mark.slow
 def test_insecure_and_ca_bundle_contradict(tls_server, tmp_path):
     gateway, ca_bundle = tls_server
     error = train(
@@ -151,11 +162,13 @@ def test_insecure_and_ca_bundle_contradict(tls_server, tmp_path):
     assert "contradicts" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", ["localhost:5000", "file:///tmp/mlruns", "ftp://host", "mlruns"])
 def test_address_of_no_server(uri, tmp_path):
     assert "the tracking address" in train("--tracking_uri", uri, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_password_in_the_address_is_refused_and_not_printed(tmp_path):
     finished = run(
         *("train_mnist_mlflow.py", "--tracking_uri", "https://me:pa55word@host.invalid"),
@@ -171,16 +184,19 @@ def test_key_that_no_header_can_carry(server, tmp_path):
     assert "no header can carry it" in error and "lines-of-key" not in error
 
 
+@pytest.mark.slow
 def test_local_store_in_a_folder_that_is_not_there(tmp_path):
     error = train("--tracking_uri", f"sqlite:///{tmp_path}/missing/mlflow.db", cwd=tmp_path)
     assert "cannot be written" in error and "missing" in error
 
 
+@pytest.mark.slow
 def test_local_store_that_is_no_database(tmp_path):
     (tmp_path / "mlflow.db").write_text("this is no database" * 100)
     assert "mlflow.db is no SQLite database" in train(cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_deleted_experiment(local, tmp_path):
     client = mlflow.MlflowClient(local.uri)
     client.delete_experiment(client.create_experiment("deleted one"))
@@ -204,10 +220,12 @@ def test_unknown_run(local, script):
     assert "there is no run 0123456789abcdef" in error
 
 
+@pytest.mark.slow
 def test_run_id_that_is_none(local):
     assert "there is no run" in register("<RUN_ID>", local)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
 def test_run_that_did_not_finish(local, status):
     client = mlflow.MlflowClient(local.uri)
@@ -217,6 +235,7 @@ def test_run_that_did_not_finish(local, status):
     assert f"is {status}" in register(run_id, local)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", REGISTER_SCRIPTS)
 def test_run_without_a_model(local, script):
     client = mlflow.MlflowClient(local.uri)
@@ -226,6 +245,7 @@ def test_run_without_a_model(local, script):
     assert {m.name for m in client.search_registered_models()} <= {"MNIST_CNN"}
 
 
+@pytest.mark.slow
 def test_run_of_another_data_set(local, mnist_dir):
     error = fails(
         "register_and_inference.py",
@@ -250,6 +270,7 @@ def test_data_missing_and_no_network(dataset, tmp_path):
     assert [experiment.name for experiment in store.search_experiments()] == ["Default"]
 
 
+@pytest.mark.slow
 def test_data_missing_and_a_network_that_swallows_everything(tmp_path):
     """A compute node behind a firewall: connections are neither accepted nor refused in time."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -258,6 +279,7 @@ def test_data_missing_and_a_network_that_swallows_everything(tmp_path):
     assert "no download server can be reached" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
@@ -284,6 +306,7 @@ def test_damaged_data_file(file, damage, tmp_path):
 # The shared filesystem
 
 
+@pytest.mark.slow
 def test_target_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for target in (tmp_path / "file" / "models", tmp_path / "file"):
@@ -296,6 +319,7 @@ def test_target_path_that_cannot_be_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_target_path_where_nothing_is_mounted(tmp_path):
     target = "/no-such-filesystem/models"
     error = fails("Modify_artifact_location.py", "--target_path", target, cwd=tmp_path)

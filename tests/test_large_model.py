@@ -54,6 +54,7 @@ def test_model_is_linked_from_its_run(large, client):
     assert (model.name, model.status, model.source_run_id) == ("model", "READY", trained["run_id"])
 
 
+@pytest.mark.slow
 def test_nothing_of_the_model_passes_through_tmpdir(tmp_path):
     """With a TMPDIR in which only the folders, not the files of a model have room."""
     scratch = tmp_path / "scratch"
@@ -124,6 +125,7 @@ def test_other_target_path_for_the_same_experiment(large, tmp_path):
     assert f"keeps its files at {target.as_uri()}" in finished.error
 
 
+@pytest.mark.slow
 def test_run_whose_model_lies_elsewhere(local):
     """A model of the local store is a path, too: this pair takes it."""
     finished = run(

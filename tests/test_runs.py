@@ -13,7 +13,10 @@ import pytest
 from conftest import ROOT, clean_environment, run
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_signal_ends_the_run_as_killed(number, code, tmp_path):
     """SIGTERM is what a batch system sends; Ctrl-C what a user does."""
     command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
@@ -43,6 +46,7 @@ def test_signal_ends_the_run_as_killed(number, code, tmp_path):
     assert logged.data.metrics["val_accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_training_that_diverges_fails(tmp_path):
     finished = run(
         "train_mnist_mlflow.py",
@@ -153,6 +157,7 @@ def test_run_of_an_older_script(factor, form, message, tmp_path):
         assert finished.result["model_version"] == "1"
 
 
+@pytest.mark.slow
 def test_killed_outright_stays_running_and_is_refused(tmp_path):
     """What nobody can catch: SIGKILL. The next script says so."""
     command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]

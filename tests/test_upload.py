@@ -165,7 +165,11 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_FILES)
+FAST_KINDS = ("another network", "code")
+SLOW_KINDS = [pytest.param(k, marks=pytest.mark.slow) for k in BAD_FILES if k not in FAST_KINDS]
+
+
+@pytest.mark.parametrize("kind", [*FAST_KINDS, *SLOW_KINDS])
 def test_bad_file(kind, tmp_path):
     make, messages = BAD_FILES[kind]
     path = tmp_path / "weights.pth"
@@ -180,6 +184,7 @@ def test_bad_file(kind, tmp_path):
     assert list(work.iterdir()) == [], "something was logged, or code from the file was run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [100, 4000])
 def test_file_that_is_cut_short(cut, tmp_path):
     path = tmp_path / "weights.pth"
@@ -188,6 +193,7 @@ def test_file_that_is_cut_short(cut, tmp_path):
     assert "no file of plain weights" in upload(path, tmp_path, code=1).error
 
 
+@pytest.mark.slow
 def test_safetensors_that_is_none(tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"\xff" * 100)
