@@ -63,6 +63,7 @@ def build_parser():
     )
     parser.add_argument(
         "--target_path",
+        type=cli.not_empty,
         required=True,
         metavar="DIR",
         help="folder on the shared filesystem, fixed for the experiment by its first run",

@@ -15,7 +15,9 @@ ALIAS = "production"  # the label that programs load the model by
 
 def build_parser():
     parser = cli.parser(__doc__)
-    parser.add_argument("--run_id", required=True, help="the run whose model is registered")
+    parser.add_argument(
+        "--run_id", type=cli.not_empty, required=True, help="the run whose model is registered"
+    )
     parser.add_argument(
         "--model_name",
         type=cli.model_name,

@@ -19,7 +19,10 @@ EXPERIMENT = "mnist_cnn_pytorch"  # the group of runs that this one joins
 def build_parser():
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--model_path", required=True, help="the weights: a .pth, .pt or .safetensors file"
+        "--model_path",
+        type=cli.not_empty,
+        required=True,
+        help="the weights: a .pth, .pt or .safetensors file",
     )
     parser.add_argument(
         "--model_name",

@@ -43,7 +43,7 @@ def add_server_arguments(parser, experiment=None):
     if experiment:
         group.add_argument(
             "--experiment",
-            type=_name,
+            type=not_empty,
             default=experiment,
             metavar="NAME",
             help="experiment to log into, created if it does not exist (default: %(default)s)",
@@ -100,6 +100,13 @@ def learning_rate(text):
     return value
 
 
+def not_empty(text):
+    """Argument type: any text but an empty one, which a job file makes of an unset variable."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty, not {text!r}")
+    return text
+
+
 def model_name(text):
     """Argument type: a name that the registry accepts, and that fits into a `models:/` address."""
     if not text.strip() or re.search(r"[/:@]", text):
@@ -125,9 +132,3 @@ def print_result(**values):
         if isinstance(value, float) and not math.isfinite(value):
             values[name] = None
     print(json.dumps(values), flush=True)
-
-
-def _name(text):
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"must not be empty, not {text!r}")
-    return text

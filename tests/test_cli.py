@@ -56,6 +56,9 @@ BAD_VALUES = [
     ("train_mnist_mlflow.py", "--dataset", "cifar10"),
     ("train_mnist_mlflow.py", "--model_name", "a/b"),
     ("train_mnist_mlflow.py", "--experiment", ""),
+    ("Modify_artifact_location.py", "--target_path", ""),
+    ("register_and_inference.py", "--run_id", " "),
+    ("upload_external_model.py", "--model_path", ""),
     ("register_and_inference.py", "--alias", "latest"),
     ("register_and_inference.py", "--alias", "v2"),
     ("register_and_inference.py", "--alias", "pro duction"),
@@ -64,7 +67,7 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize(("script", "flag", "value"), BAD_VALUES)
 def test_bad_value_is_a_usage_error_that_names_it(script, flag, value, tmp_path):
-    required = ("--run_id", "x") if script.startswith("register") else ()
+    required = ("--run_id", "x") if flag == "--alias" else ()
     finished = run(script, *required, flag, value, cwd=tmp_path, code=2)
     last = finished.err.rstrip().splitlines()[-1]
     assert f"error: argument {flag}" in last and repr(value) in last

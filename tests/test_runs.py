@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -103,6 +105,42 @@ def test_other_test_set_is_no_basis_for_a_check(local, tampered):
     run_id = tampered(lambda content: content.update(digest="0" * 32))
     finished = run("register_and_inference.py", "--run_id", run_id, cwd=local.folder, code=1)
     assert "not the one that run" in finished.error
+    assert versions(local) == before
+
+
+class RunsCode:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("code-was-run",)
+
+
+@pytest.mark.parametrize(
+    "script", ["register_and_inference.py", "Modify_artifact_location_register_inference.py"]
+)
+def test_code_in_a_model_file_is_not_run(script, local, tmp_path):
+    """An exported program holds example inputs as a pickle; somebody put another one there."""
+    import torch
+
+    uri = mlflow.MlflowClient(local.uri).search_logged_models(["1"])[0].artifact_location
+    (archive,) = Path(uri.removeprefix("file://")).glob("data/model.pt2")
+    shutil.copy(archive, tmp_path / "kept.pt2")
+    torch.save(RunsCode(), tmp_path / "evil.pt")
+    before = versions(local)
+    try:
+        replaced = 0
+        with zipfile.ZipFile(tmp_path / "kept.pt2") as old, zipfile.ZipFile(archive, "w") as new:
+            for item in old.infolist():
+                content = old.read(item)
+                if "sample_inputs" in item.filename:
+                    content, replaced = (tmp_path / "evil.pt").read_bytes(), replaced + 1
+                new.writestr(item, content)
+        assert replaced == 1
+        finished = run(script, "--run_id", local.run_id, cwd=local.folder, code=1)
+    finally:
+        shutil.copy(tmp_path / "kept.pt2", archive)
+    assert "cannot be loaded" in finished.error
+    assert not (local.folder / "code-was-run").exists()
     assert versions(local) == before
 
 
