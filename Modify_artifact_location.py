@@ -271,8 +271,8 @@ def save_model_once(network, images, step):
             pip_requirements=model.pip_requirements(),
         )
     except BaseException:  # a signal, too
-        mlflow.finalize_logged_model(logged.model_id, "FAILED")
         shutil.rmtree(path, ignore_errors=True)
+        mlflow.finalize_logged_model(logged.model_id, "FAILED")
         raise
     # [MLflow 16] finalize_logged_model, log_outputs: READY, and linked from the run's page.
     mlflow.finalize_logged_model(logged.model_id, "READY")

@@ -49,6 +49,7 @@ def main(argv=None):
     # 1. Connect, and find the run, its model and the test set that it was scored on.
     tracking.connect(args.tracking_uri, args.ca_bundle)
     run = runs.finished_run(args.run_id)
+    tracking.check_artifact_location(run.info.artifact_uri)
     model_uri = runs.model_uri(run)
     test = data.load(predictions.recorded_dataset(run, args.dataset), args.data_dir, train=False)
     print(f"run      {args.run_id}  {run.info.run_name}  {model_uri}", flush=True)

@@ -95,7 +95,7 @@ def learning_rate(text):
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < 1e38:  # false for nan; above, it does not fit into torch's float32
         raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text!r}")
     return value
 
@@ -104,19 +104,23 @@ def not_empty(text):
     """Argument type: any text but an empty one, which a job file makes of an unset variable."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"must not be empty, not {text!r}")
-    return text
+    return text.strip()
 
 
 def model_name(text):
     """Argument type: a name that the registry accepts, and that fits into a `models:/` address."""
-    if not text.strip() or re.search(r"[/:@]", text):
-        raise argparse.ArgumentTypeError(f"must not be empty or contain / : @, not {text!r}")
+    if not re.fullmatch(r"[\w.+-]([\w.+ -]{0,253}[\w.+-])?", text):
+        raise argparse.ArgumentTypeError(
+            f"must be letters, digits, blanks within, and any of _ . + -, not {text!r}"
+        )
     return text
 
 
 def alias(text):
     """Argument type: a registry alias. MLflow keeps `latest` and `v1`, `v2` ... to itself."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", text) or re.fullmatch(r"latest|v\d+", text.lower()):
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", text) or re.fullmatch(
+        r"latest|v\d+", text.lower()
+    ):
         raise argparse.ArgumentTypeError(
             f"must be letters, digits, _ and -, but not 'latest' or 'v<number>': {text!r}"
         )

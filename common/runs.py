@@ -4,6 +4,7 @@ If you only want one thing for your own training script, copy `killed_by_signal`
 """
 
 import contextlib
+import os
 import signal
 import sys
 
@@ -23,14 +24,17 @@ def finished_run(run_id):
             "hint:  the training script prints the id in its line 'run', and the server before it."
         ) from error
     status = run.info.status
+    if run.info.lifecycle_stage == "deleted":
+        status = "DELETED"
     if status != "FINISHED":
         advice = {
             "RUNNING": "wait until it has finished; a job that was killed outright stays RUNNING, "
             "and is better trained again.",
             "SCHEDULED": "wait until it has finished.",
+            "DELETED": f"mlflow runs restore --run-id {run_id} brings it back.",
         }.get(status, "train again; only a finished run can be registered.")
         raise SystemExit(
-            f"error: the run {run_id} has not finished: it is {status}.\nhint:  {advice}"
+            f"error: the run {run_id} cannot be registered: it is {status}.\nhint:  {advice}"
         )
     return run
 
@@ -79,8 +83,8 @@ def killed_by_signal():
 
     def stop(number, frame):
         received.append(number)
-        for signal_number in previous:  # cleaning up is not to be interrupted by a second one
-            signal.signal(signal_number, signal.SIG_IGN)
+        for signal_number in previous:  # a second one ends the process at once
+            signal.signal(signal_number, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -88,10 +92,25 @@ def killed_by_signal():
         yield
     finally:
         if received:
-            name = signal.Signals(received[0]).name
-            print(
-                f"error: stopped by {name}; the run is marked KILLED.", file=sys.stderr, flush=True
-            )
-            mlflow.end_run("KILLED")
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            _end_as_killed(signal.Signals(received[0]).name)
+        else:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _end_as_killed(signal_name):
+    """Say so to the server, in the seconds that a batch system leaves before it sends SIGKILL."""
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+    run_id = mlflow.active_run().info.run_id
+    try:
+        mlflow.end_run("KILLED")
+        for model in mlflow.search_logged_models(
+            filter_string=f"source_run_id = '{run_id}'", output_format="list"
+        ):
+            if model.status == "PENDING":  # it was being written
+                mlflow.MlflowClient().finalize_logged_model(model.model_id, "FAILED")
+        outcome = "the run is marked KILLED"
+    except MlflowException:
+        outcome = f"the server does not answer, and the run {run_id} may stay RUNNING there"
+    print(f"error: stopped by {signal_name}; {outcome}.", file=sys.stderr, flush=True)

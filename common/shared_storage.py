@@ -20,6 +20,12 @@ def prepare(target_path):
     Raises SystemExit if it cannot be written, or if not even its topmost folder exists: that is how
     a machine looks on which the filesystem is not mounted.
     """
+    if "%" in target_path or "://" in target_path:
+        raise SystemExit(
+            f"error: --target_path {target_path} is an address, or holds a %, which MLflow "
+            "takes for an escape when it loads.\n"
+            "hint:  give the path of a folder, without a %."
+        )
     folder = Path(target_path).expanduser().absolute()
     topmost = Path(*folder.parts[:2])
     if not topmost.is_dir():

@@ -5,12 +5,18 @@ asks a registered header provider at every request, so metrics, artifacts and th
 it.
 """
 
+import contextlib
 import os
 import ssl
 import sys
 import warnings
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import mlflow
 import requests
@@ -87,6 +93,7 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     """
     uri, reason = _choose(tracking_uri)
     parts = _check_address(uri)
+    _check_variables(uri)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     # Not the user's choice: `requests` would take X-Api-Key along to any host it is sent on to.
@@ -94,16 +101,17 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     if not sys.stderr.isatty():
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-    credential = ""
-    if parts.scheme == "sqlite":
-        _prepare_sqlite(parts)
+    credential, lock = "", contextlib.nullcontext()
+    if parts.scheme.startswith("sqlite"):
+        lock = _prepare_sqlite(parts)
     elif parts.scheme in ("http", "https"):
         _set_up_tls(ca_bundle)
         credential = _credential(uri, parts)
         send_api_key()
     mlflow.set_tracking_uri(uri)
     print(f"tracking {_printable(uri)}  ({reason}{credential})", flush=True)
-    _check_server(uri, credential)
+    with lock:
+        _check_server(uri, credential)
 
     if experiment:
         existing = mlflow.get_experiment_by_name(experiment)
@@ -113,6 +121,22 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
                 f"hint:  mlflow experiments restore -x {existing.experiment_id}, "
                 "or choose another --experiment."
             )
+        if existing:
+            check_artifact_location(existing.artifact_location)
+
+
+def check_artifact_location(location):
+    """Raise SystemExit if artifacts there belong to another server, which would get the key."""
+    parts, own = urlsplit(location), urlsplit(mlflow.get_tracking_uri())
+    over_http = parts.scheme in ("http", "https") or (
+        parts.scheme == "mlflow-artifacts" and parts.netloc
+    )
+    if over_http and parts.netloc != own.netloc:
+        raise SystemExit(
+            f"error: the artifacts lie on another server, {parts.netloc}, and the key must not "
+            "go there.\n"
+            "hint:  choose another --experiment, or a run of one that keeps its artifacts here."
+        )
 
 
 def _choose(tracking_uri):
@@ -126,32 +150,70 @@ def _choose(tracking_uri):
 
 
 def _check_address(uri):
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        possible = " " not in parts.netloc and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that are not closed
+        possible = False
+    if not possible:
+        raise SystemExit(
+            "error: the tracking address has an impossible host or port.\n"
+            "hint:  it looks like https://HOST or http://127.0.0.1:5000"
+        )
     scheme = parts.scheme.split("+")[0]
-    if scheme not in SCHEMES or "//" not in uri:
+    if scheme not in SCHEMES or not uri.startswith(f"{parts.scheme}://"):
         raise SystemExit(
             f"error: the tracking address {_printable(uri)!r} is none of "
             f"{', '.join(name + '://' for name in SCHEMES)}.\n"
             f"hint:  a server is https://HOST, a local file {LOCAL_URI}."
         )
-    if scheme in ("http", "https") and (parts.username or not parts.hostname):
+    if scheme in ("http", "https") and (
+        parts.username or parts.query or parts.fragment or not parts.hostname
+    ):
         raise SystemExit(
-            "error: the tracking address must have a host, and no user name or password in it "
-            "(MLflow prints the address).\n"
+            "error: the tracking address must have a host, and no user name, password or query in "
+            "it (MLflow prints the address).\n"
             "hint:  export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for those."
         )
     return parts
 
 
 def _printable(uri):
-    """The address without what stands before an @: databases have their password there."""
+    """The address without its secrets: databases have a password before the @ or in the query."""
     parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.netloc else uri
+    if not parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def _check_variables(uri):
+    """Refuse MLflow variables that would lead a script elsewhere than its first line says."""
+    registry_uri = os.environ.get("MLFLOW_REGISTRY_URI", uri)
+    if registry_uri.rstrip("/") != uri.rstrip("/"):
+        raise SystemExit(
+            "error: MLFLOW_REGISTRY_URI names another server than the tracking address, and the "
+            "key must not go there.\n"
+            "hint:  unset MLFLOW_REGISTRY_URI; models are registered on the tracking server."
+        )
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        raise SystemExit(
+            f"error: MLFLOW_RUN_ID is set, so MLflow would write into the run {run_id} again.\n"
+            "hint:  unset MLFLOW_RUN_ID"
+        )
 
 
 def _prepare_sqlite(parts):
-    """Check that the file can be made, and keep its artifacts beside it."""
+    """Check that the file can be made, and keep its artifacts beside it.
+
+    Returns a context in which no other script opens the file: two that make its tables at the same
+    moment (a job array, say) would get in each other's way, and one of them fail.
+    """
     path = Path(unquote(parts.path[1:])).absolute()
+    if parts.netloc or path.is_dir() or path.name == ":memory:":
+        raise SystemExit(
+            "error: the tracking address names no SQLite file, and the run would be lost.\n"
+            f"hint:  {LOCAL_URI} is a file here, sqlite:////PATH/mlflow.db one elsewhere."
+        )
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise SystemExit(
             f"error: the local store {path} cannot be written.\n"
@@ -164,6 +226,11 @@ def _prepare_sqlite(parts):
     # MLflow would put them into ./mlruns, wherever that is at the time. This is how `mlflow server`
     # tells its own processes; a version that does not look here uses ./mlruns as before.
     os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = (path.parent / "mlruns").as_uri()
+    file = path.open("ab")
+    # Where there are no such locks (Windows, some mounts), do without.
+    with contextlib.suppress(OSError, AttributeError):
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+    return file
 
 
 def _set_up_tls(ca_bundle):
@@ -229,6 +296,11 @@ def _check_server(uri, credential):
         mlflow.MlflowClient().search_experiments(max_results=1)
     except MlflowException as error:
         raise SystemExit(_diagnose(error, uri, credential)) from error
+    except ImportError as error:  # the driver of a database
+        raise SystemExit(
+            f"error: the store {_printable(uri)} cannot be opened: {error}.\n"
+            f"hint:  pip install {error.name}"
+        ) from error
     finally:
         for name, value in own.items():
             if value is None:

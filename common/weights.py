@@ -40,6 +40,13 @@ def load(network, path):
     problems = [f"missing {key}" for key in expected if key not in state_dict]
     problems += [f"unexpected {key}" for key in state_dict if key not in expected]
     problems += [
+        f"{key} is no dense tensor of finite real numbers"
+        for key, value in state_dict.items()
+        if not (value.is_floating_point() and value.layout == torch.strided)
+        or value.is_meta
+        or not value.isfinite().all()
+    ]
+    problems += [
         f"{key} has shape {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}"
         for key in expected
         if key in state_dict and state_dict[key].shape != expected[key].shape
@@ -47,7 +54,7 @@ def load(network, path):
     if problems:
         shown = "; ".join(problems[:12]) + ("; ..." if len(problems) > 12 else "")
         raise SystemExit(
-            f"error: {path} holds weights of another network than {type(network).__name__}: "
+            f"error: {path} does not hold the weights of a {type(network).__name__}: "
             f"{shown}.\n"
             "hint:  common/model.py shows the network; change it there, or the keys in the file."
         )
@@ -82,7 +89,7 @@ def read(path):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(
-        isinstance(v, torch.Tensor) for v in content.values()
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
     ):
         found = (
             f"a dict of {', '.join(map(str, content))}"

@@ -163,9 +163,45 @@ def test_insecure_and_ca_bundle_contradict(tls_server, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("uri", ["localhost:5000", "file:///tmp/mlruns", "ftp://host", "mlruns"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("localhost:5000", "file:///tmp/mlruns", "ftp://host", "mlruns", "SQLITE:///mlflow.db"),
+        *("http://[abc", "http://127.0.0.1:abc", "http://a b", "http://host/?token=secret"),
+        *("sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://mlflow.db"),
+    ],
+)
 def test_address_of_no_server(uri, tmp_path):
-    assert "the tracking address" in train("--tracking_uri", uri, cwd=tmp_path)
+    error = train("--tracking_uri", uri, cwd=tmp_path)
+    assert "the tracking address" in error and "secret" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_registry_on_another_server_does_not_get_the_key(server, tmp_path):
+    with Gateway(server, KEY) as other:
+        error = train(
+            cwd=tmp_path,
+            MLFLOW_TRACKING_URI=server,
+            MLFLOW_REGISTRY_URI=other.uri,
+            AM_SC_API_KEY=KEY,
+        )
+    assert "MLFLOW_REGISTRY_URI names another server" in error
+    assert other.requests == []
+
+
+@pytest.mark.slow
+def test_artifacts_on_another_server_do_not_get_the_key(tmp_path):
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_experiment("far", artifact_location="mlflow-artifacts://far.example/1")
+    error = train("--experiment", "far", cwd=tmp_path)
+    assert "the artifacts lie on another server, far.example" in error
+
+
+@pytest.mark.slow
+def test_run_id_in_the_environment_is_not_written_into(local):
+    error = train(cwd=local.folder, MLFLOW_RUN_ID=local.run_id)
+    assert f"MLflow would write into the run {local.run_id} again" in error
 
 
 @pytest.mark.slow
@@ -233,6 +269,17 @@ def test_run_that_did_not_finish(local, status):
     if status != "RUNNING":
         client.set_terminated(run_id, status)
     assert f"is {status}" in register(run_id, local)
+
+
+@pytest.mark.slow
+def test_deleted_run(local):
+    client = mlflow.MlflowClient(local.uri)
+    client.delete_run(local.run_id)
+    try:
+        error = register(local.run_id, local)
+    finally:
+        client.restore_run(local.run_id)
+    assert "it is DELETED" in error and "mlflow runs restore" in error
 
 
 @pytest.mark.slow
@@ -317,6 +364,18 @@ def test_target_path_that_cannot_be_written(tmp_path):
         )
         assert f"--target_path {target} cannot be written" in error
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["file:///tmp/models", "models%20here"])
+def test_target_path_that_mlflow_would_misread(target, tmp_path):
+    error = fails(
+        "Modify_artifact_location.py",
+        *("--dataset", "digits", "--target_path", target),
+        cwd=tmp_path,
+    )
+    assert "is an address, or holds a %" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import ROOT, clean_environment, run
+from conftest import KEY, ROOT, clean_environment, run
+from gateway import Gateway
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,49 @@ def test_signal_ends_the_run_as_killed(number, code, tmp_path):
     assert logged.info.status == "KILLED"
     assert logged.info.end_time
     assert logged.data.metrics["val_accuracy"] > 0
+
+
+@pytest.mark.slow
+def test_signal_while_the_server_is_away_ends_within_the_time_that_slurm_leaves(server, tmp_path):
+    """30 seconds lie between SIGTERM and SIGKILL. The run cannot be marked, and that is said."""
+    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
+    with Gateway(server, KEY) as gateway:
+        process = subprocess.Popen(
+            [*command, "--dataset", "digits", "--epochs", "10000"],
+            cwd=tmp_path,
+            env=clean_environment(MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY=KEY),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            for line in process.stdout:
+                if line.startswith("epoch 2/"):
+                    break
+            gateway.answer = (503, {}, b"away")
+            time.sleep(5)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == 143
+    assert "stopped by SIGTERM; the server does not answer" in err and "may stay RUNNING" in err
+
+
+@pytest.mark.slow
+def test_two_trainings_at_once_on_a_new_local_store(tmp_path):
+    """As a job array does: each wants to make the tables of the same file."""
+    command = [sys.executable, str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    trainings = [
+        subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), **pipes) for _ in range(3)
+    ]
+    for process in trainings:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    found = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert [run.info.status for run in found] == ["FINISHED"] * 3
 
 
 @pytest.mark.slow

@@ -142,6 +142,10 @@ def other_network(path):
     torch.save(state, path)
 
 
+def changed(function):
+    return {key: function(value) for key, value in model.MNISTCNN().state_dict().items()}
+
+
 BAD_FILES = {
     "another network": (
         other_network,
@@ -160,6 +164,18 @@ BAD_FILES = {
     "empty": (lambda path: path.write_bytes(b""), ["no file of plain weights"]),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), ["holds Tensor, not a dict"]),
     "settings": (lambda path: torch.save({"lr": 0.1}, path), ["holds a dict of lr"]),
+    "numbers for names": (
+        lambda path: torch.save({1: torch.zeros(3)}, path),
+        ["holds a dict of 1"],
+    ),
+    "not a number": (
+        lambda path: torch.save(changed(lambda value: value * float("nan")), path),
+        ["conv1.weight is no dense tensor of finite real numbers"],
+    ),
+    "sparse": (
+        lambda path: torch.save(changed(torch.Tensor.to_sparse), path),
+        ["conv1.weight is no dense tensor"],
+    ),
     "a folder": (lambda path: path.mkdir(), ["cannot be read"]),
     "nothing": (lambda path: None, ["cannot be read", "No such file"]),
 }
