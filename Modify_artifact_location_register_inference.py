@@ -59,8 +59,8 @@ def main(argv=None):
     except MlflowException as error:
         raise SystemExit(
             f"error: the model {path} cannot be loaded: {error.message}\n"
-            "hint:  a model in pickle format may run code when it is loaded; if you trust its "
-            "author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true and run again."
+            "hint:  a pickle may run code when it is loaded. If that is the reason, and you trust "
+            "its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true. Else the files are broken."
         ) from error
     stored = training.evaluate(loaded, test.images, test.labels)
     predictions.check(run, test, stored)

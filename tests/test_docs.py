@@ -173,6 +173,17 @@ def test_every_command_runs_and_prints_what_is_shown(reader, request):
     assert answered or remote
 
 
+@pytest.mark.slow
+def test_python_blocks_run(tmp_path):
+    """With the data at hand, torchvision downloads nothing."""
+    write_mnist(tmp_path / "data")
+    blocks = [text for language, text in BLOCK.findall(README) if language == "python"]
+    assert len(blocks) == 1
+    for block in blocks:
+        command = [sys.executable, "-c", block]
+        subprocess.run(command, cwd=tmp_path, env=clean_environment(), check=True)
+
+
 def test_the_test_command_is_what_ci_runs():
     assert TEST_COMMAND in [command for command, _ in bash_blocks()]
     assert TEST_COMMAND.strip() in (ROOT / ".ci" / "run").read_text()
