@@ -60,7 +60,7 @@ def main(argv=None):
         raise SystemExit(
             f"error: the model {path} cannot be loaded: {error.message}\n"
             "hint:  a pickle may run code when it is loaded. If that is the reason, and you trust "
-            "its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true. Else the files are broken."
+            "its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true. Else it is damaged."
         ) from error
     stored = training.evaluate(loaded, test.images, test.labels)
     predictions.check(run, test, stored)

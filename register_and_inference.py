@@ -64,7 +64,7 @@ def main(argv=None):
         raise SystemExit(
             f"error: the model {model_uri} cannot be loaded: {error.message}\n"
             "hint:  a pickle may run code when it is loaded. If that is the reason, and you trust "
-            "its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true. Else the files are broken."
+            "its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true. Else it is damaged."
         ) from error
     predictions.check(run, test, stored)
 
