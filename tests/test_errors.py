@@ -250,7 +250,9 @@ def register(run_id, local, script="register_and_inference.py"):
 REGISTER_SCRIPTS = ["register_and_inference.py", "Modify_artifact_location_register_inference.py"]
 
 
-@pytest.mark.parametrize("script", REGISTER_SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [REGISTER_SCRIPTS[0], pytest.param(REGISTER_SCRIPTS[1], marks=pytest.mark.slow)]
+)
 def test_unknown_run(local, script):
     error = register("0123456789abcdef0123456789abcdef", local, script)
     assert "there is no run 0123456789abcdef" in error
@@ -308,7 +310,9 @@ def test_run_of_another_data_set(local, mnist_dir):
 NO_NETWORK = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize(
+    "dataset", ["mnist", pytest.param("fashion_mnist", marks=pytest.mark.slow)]
+)
 def test_data_missing_and_no_network(dataset, tmp_path):
     error = fails("train_mnist_mlflow.py", "--dataset", dataset, cwd=tmp_path, **NO_NETWORK)
     assert f"{dataset} is not in {tmp_path}/data" in error

@@ -69,6 +69,7 @@ def test_nothing_of_the_model_passes_through_tmpdir(tmp_path):
     assert left < size / 10
 
 
+@pytest.mark.slow
 def test_register_and_load_by_path(large, client):
     folder, target, trained = large
     before = files(target)

@@ -159,6 +159,7 @@ class RunsCode:
         return os.mkdir, ("code-was-run",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script", ["register_and_inference.py", "Modify_artifact_location_register_inference.py"]
 )

@@ -59,6 +59,7 @@ def upload(path, cwd, *flags, code=0):
     return run("upload_external_model.py", *flags, cwd=cwd, code=code)
 
 
+@pytest.mark.slow
 def test_weights_of_plain_pytorch_code(elsewhere_weights, tmp_path):
     """The guide's command. They are as good here as there: the normalisation is the same."""
     finished = upload(elsewhere_weights, tmp_path, "--note", "from the laptop")
