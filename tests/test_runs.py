@@ -1,5 +1,6 @@
 """How runs end, and what is promoted: no zombie, no alias on a model that was not checked."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,30 +17,39 @@ from conftest import KEY, ROOT, clean_environment, run
 from gateway import Gateway
 
 
+@contextlib.contextmanager
+def endless_training(cwd, **variables):
+    """The training script as a process that would go on for hours; killed on leaving."""
+    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
+    process = subprocess.Popen(
+        [*command, "--dataset", "digits", "--epochs", "10000"],
+        cwd=cwd,
+        env=clean_environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_line(process, start):
+    return next(line for line in process.stdout if line.startswith(start))
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_signal_ends_the_run_as_killed(number, code, tmp_path):
     """SIGTERM is what a batch system sends; Ctrl-C what a user does."""
-    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
-    process = subprocess.Popen(
-        [*command, "--dataset", "digits", "--epochs", "10000"],
-        cwd=tmp_path,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                break
+    with endless_training(tmp_path) as process:
+        wait_for_line(process, "epoch 2/")
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
     assert process.returncode == code
     assert f"stopped by {number.name}; the run is marked KILLED" in err
     assert "Traceback" not in err
@@ -52,27 +62,14 @@ def test_signal_ends_the_run_as_killed(number, code, tmp_path):
 @pytest.mark.slow
 def test_signal_while_the_server_is_away_ends_within_the_time_that_slurm_leaves(server, tmp_path):
     """30 seconds lie between SIGTERM and SIGKILL. The run cannot be marked, and that is said."""
-    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
     with Gateway(server, KEY) as gateway:
-        process = subprocess.Popen(
-            [*command, "--dataset", "digits", "--epochs", "10000"],
-            cwd=tmp_path,
-            env=clean_environment(MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY=KEY),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            for line in process.stdout:
-                if line.startswith("epoch 2/"):
-                    break
+        variables = {"MLFLOW_TRACKING_URI": gateway.uri, "AM_SC_API_KEY": KEY}
+        with endless_training(tmp_path, **variables) as process:
+            wait_for_line(process, "epoch 2/")
             gateway.answer = (503, {}, b"away")
             time.sleep(5)
             process.send_signal(signal.SIGTERM)
             _, err = process.communicate(timeout=30)
-        finally:
-            process.kill()
-            process.wait()
     assert process.returncode == 143
     assert "stopped by SIGTERM; the server does not answer" in err and "may stay RUNNING" in err
 
@@ -243,20 +240,7 @@ def test_run_of_an_older_script(factor, form, message, tmp_path):
 @pytest.mark.slow
 def test_killed_outright_stays_running_and_is_refused(tmp_path):
     """What nobody can catch: SIGKILL. The next script says so."""
-    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
-    process = subprocess.Popen(
-        [*command, "--dataset", "digits", "--epochs", "10000"],
-        cwd=tmp_path,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        run_id = next(line.split()[1] for line in process.stdout if line.startswith("run "))
-        time.sleep(1)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    with endless_training(tmp_path) as process:
+        run_id = wait_for_line(process, "run ").split()[1]
     finished = run("register_and_inference.py", "--run_id", run_id, cwd=tmp_path, code=1)
     assert "is RUNNING" in finished.error and "killed outright" in finished.error
