@@ -19,7 +19,7 @@ def recorded_dataset(run, dataset=None):
     """Return the name of the data set that `run` was scored on.
 
     `dataset` is the user's own word. Raises SystemExit if the run says something else, or if
-    neither says anything (a run made before this project knows MNIST only: say so).
+    neither says anything.
     """
     recorded = run.data.params.get("dataset", dataset)
     if recorded is None:

@@ -89,7 +89,8 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     is set, else a local SQLite file. The first line printed says which, and why.
 
     Raises SystemExit, within 15 seconds, with what is wrong and what to do about it. If
-    `experiment` is given, a deleted experiment of that name counts as wrong too.
+    `experiment` is given, one of that name that was deleted, or that keeps its artifacts on another
+    server, counts as wrong too.
     """
     uri, reason = _choose(tracking_uri)
     parts = _check_address(uri)
@@ -219,17 +220,18 @@ def _prepare_sqlite(parts):
             f"error: the local store {path} cannot be written.\n"
             "hint:  change to a folder of your own, or give --tracking_uri sqlite:////PATH/mlflow.db"
         )
-    if path.is_file() and path.open("rb").read(16) not in (b"", b"SQLite format 3\0"):
+    file = path.open("a+b")
+    file.seek(0)
+    if file.read(16) not in (b"", b"SQLite format 3\0"):
         raise SystemExit(
             f"error: {path} is no SQLite database.\nhint:  give another --tracking_uri."
         )
     # MLflow would put them into ./mlruns, wherever that is at the time. This is how `mlflow server`
     # tells its own processes; a version that does not look here uses ./mlruns as before.
     os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = (path.parent / "mlruns").as_uri()
-    file = path.open("ab")
-    # Where there are no such locks (Windows, some mounts), do without.
-    with contextlib.suppress(OSError, AttributeError):
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+    if fcntl:
+        with contextlib.suppress(OSError):  # a mount without such locks: do without
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
     return file
 
 

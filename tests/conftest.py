@@ -1,5 +1,6 @@
 """Runs the scripts as a user does: as processes, from another folder, against real stores."""
 
+import contextlib
 import json
 import os
 import signal
@@ -35,9 +36,8 @@ SCRIPTS = (
 class Finished:
     """A process that has ended: its exit code, what it printed, and its last line as JSON."""
 
-    def __init__(self, process, seconds):
+    def __init__(self, process):
         self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
-        self.seconds = seconds
 
     @property
     def result(self):
@@ -52,7 +52,10 @@ class Finished:
 
 
 def clean_environment(**variables):
-    """The environment of a user who has configured nothing, plus `variables`."""
+    """The environment of a user who has configured nothing, plus `variables`.
+
+    The virtual environment is activated: `mlflow models serve` looks for uvicorn on the PATH.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -60,7 +63,9 @@ def clean_environment(**variables):
         and name.lower() not in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
         and name not in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PYTHONPATH")
     }
-    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"} | variables
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    fixed = {"PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
+    return kept | fixed | variables
 
 
 def run(script, *arguments, cwd, code=0, timeout=600, **variables):
@@ -69,7 +74,6 @@ def run(script, *arguments, cwd, code=0, timeout=600, **variables):
     `code=None` takes any that is not 0.
     """
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    start = time.monotonic()
     process = subprocess.run(
         command,
         cwd=cwd,
@@ -79,7 +83,7 @@ def run(script, *arguments, cwd, code=0, timeout=600, **variables):
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
-    finished = Finished(process, time.monotonic() - start)
+    finished = Finished(process)
     assert finished.code == code or (code is None and finished.code), (
         f"{command} ended with {finished.code}\n{finished.out}{finished.err}"
     )
@@ -92,24 +96,16 @@ def write_idx(path, array):
     path.write_bytes(magic + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
 
 
-def write_mnist(folder, train_count=1200, test_count=300):
+def write_mnist(folder):
     """Write scikit-learn's digits as if they were MNIST: the four files that torchvision reads."""
-    import numpy as np
-    from sklearn.datasets import load_digits
+    from common import data
 
-    bunch = load_digits()
-    nearest = np.arange(28) * 8 // 28
-    images = (bunch.images * 255 / 16).astype("uint8")[:, nearest][:, :, nearest]
-    labels = bunch.target.astype("uint8")
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    parts = {
-        "train": slice(0, train_count),
-        "t10k": slice(train_count, train_count + test_count),
-    }
-    for name, part in parts.items():
-        write_idx(raw / f"{name}-images-idx3-ubyte", images[part])
-        write_idx(raw / f"{name}-labels-idx1-ubyte", labels[part])
+    for name, train in (("train", True), ("t10k", False)):
+        split = data.load("digits", "unused", train=train)
+        write_idx(raw / f"{name}-images-idx3-ubyte", split.images[:, 0].numpy())
+        write_idx(raw / f"{name}-labels-idx1-ubyte", split.labels.numpy().astype("uint8"))
     return folder
 
 
@@ -187,6 +183,25 @@ def wait_for(url, process, log, seconds=60):
     raise AssertionError(f"{url} did not answer within {seconds} s:\n{log.read_text()}")
 
 
+@contextlib.contextmanager
+def serving(command, cwd, environment, url, log):
+    """Start a server, wait until `url` answers, and stop it on leaving."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_for(url, process, log)
+            yield
+        finally:
+            stop(process)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """The address of a real `mlflow server` on SQLite, without a key."""
@@ -198,20 +213,9 @@ def server(tmp_path_factory):
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
         *("--artifacts-destination", str(folder / "artifacts")),
     ]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=clean_environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            stop(process)
+    environment = clean_environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    with serving(command, folder, environment, f"http://127.0.0.1:{port}/health", log):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,13 @@ import ast
 import contextlib
 import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import KEY, ROOT, SCRIPTS, clean_environment, free_port, stop, wait_for, write_mnist
+from conftest import KEY, ROOT, SCRIPTS, clean_environment, free_port, serving, write_mnist
 from gateway import Gateway
 
 README = (ROOT / "README.md").read_text()
@@ -67,9 +65,7 @@ class Reader:
 
     def __init__(self, folder, variables, stack):
         self.folder, self.stack = folder, stack
-        self.environment = clean_environment(
-            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **variables
-        )
+        self.environment = clean_environment(**variables)
         self.run_ids = {}
         self.port = free_port()
 
@@ -107,18 +103,9 @@ class Reader:
         """Start a block that ends in a server, and wait until it answers."""
         self.stack.close()
         self.port = free_port()
-        log = self.folder / "server.log"
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                ["bash", "-euo", "pipefail", "-c", self.fill_in(command)],
-                cwd=self.folder,
-                env=self.environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.stack.callback(stop, process)
-        wait_for(f"http://127.0.0.1:{self.port}/health", process, log)
+        command = ["bash", "-euo", "pipefail", "-c", self.fill_in(command)]
+        url, log = f"http://127.0.0.1:{self.port}/health", self.folder / "server.log"
+        self.stack.enter_context(serving(command, self.folder, self.environment, url, log))
 
 
 @pytest.fixture

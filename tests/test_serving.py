@@ -1,14 +1,10 @@
 """The registered model, served by MLflow itself and asked over REST."""
 
 import json
-import os
-import subprocess
-import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
-from conftest import clean_environment, free_port, stop, wait_for
+from conftest import clean_environment, free_port, serving
 
 from common import data
 
@@ -19,27 +15,13 @@ pytestmark = pytest.mark.slow
 def endpoint(local):
     """`mlflow models serve`, as the README has it, on a port of its own."""
     port, log = free_port(), local.folder.parent / "serving.log"
-    bin_folder = Path(sys.executable).parent  # serve looks for uvicorn on the PATH
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                *(str(bin_folder / "mlflow"), "models", "serve"),
-                *("-m", "models:/MNIST_CNN@production", "--env-manager", "local"),
-                *("--host", "127.0.0.1", "--port", str(port)),
-            ],
-            cwd=local.folder,
-            env=clean_environment(
-                MLFLOW_TRACKING_URI=local.uri, PATH=f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
-            ),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            wait_for(f"http://127.0.0.1:{port}/ping", process, log)
-            yield f"http://127.0.0.1:{port}/invocations"
-        finally:
-            stop(process)
+    command = [
+        *("mlflow", "models", "serve", "-m", "models:/MNIST_CNN@production"),
+        *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
+    ]
+    environment = clean_environment(MLFLOW_TRACKING_URI=local.uri)
+    with serving(command, local.folder, environment, f"http://127.0.0.1:{port}/ping", log):
+        yield f"http://127.0.0.1:{port}/invocations"
 
 
 def ask(endpoint, payload):
