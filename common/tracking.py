@@ -132,9 +132,10 @@ def check_artifact_location(location):
     over_http = parts.scheme in ("http", "https") or (
         parts.scheme == "mlflow-artifacts" and parts.netloc
     )
-    if over_http and parts.netloc != own.netloc:
+    unencrypted = parts.scheme == "http" and own.scheme == "https"
+    if over_http and (parts.netloc != own.netloc or unencrypted):
         raise SystemExit(
-            f"error: the artifacts lie on another server, {parts.netloc}, and the key must not "
+            f"error: the artifacts lie on another server, {location}, and the key must not "
             "go there.\n"
             "hint:  choose another --experiment, or a run of one that keeps its artifacts here."
         )

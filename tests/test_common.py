@@ -84,6 +84,39 @@ def test_network_is_the_guides():
     }
 
 
+# Where artifacts may lie
+
+
+@pytest.mark.parametrize(
+    ("location", "accepted"),
+    [
+        ("mlflow-artifacts:/1", True),
+        ("file:///lustre/models", True),
+        ("s3://bucket/1", True),
+        ("https://own.example/api/1", True),
+        ("mlflow-artifacts://own.example/1", True),
+        ("http://own.example/api/1", False),  # the key would go unencrypted
+        ("https://far.example/api/1", False),
+        ("mlflow-artifacts://far.example/1", False),
+        ("https://own.example:8443/api/1", False),
+    ],
+)
+def test_artifacts_may_lie_on_the_tracking_server_or_where_no_key_goes(location, accepted):
+    import mlflow
+
+    from common import tracking
+
+    mlflow.set_tracking_uri("https://own.example")
+    try:
+        if accepted:
+            tracking.check_artifact_location(location)
+        else:
+            with pytest.raises(SystemExit, match="the key must not go there"):
+                tracking.check_artifact_location(location)
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
 # Provenance
 
 

@@ -195,7 +195,7 @@ def test_artifacts_on_another_server_do_not_get_the_key(tmp_path):
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     client.create_experiment("far", artifact_location="mlflow-artifacts://far.example/1")
     error = train("--experiment", "far", cwd=tmp_path)
-    assert "the artifacts lie on another server, far.example" in error
+    assert "the artifacts lie on another server, mlflow-artifacts://far.example/1" in error
 
 
 @pytest.mark.slow
