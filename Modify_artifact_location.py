@@ -87,6 +87,7 @@ def main(argv=None):
 
     from common import (
         data,
+        failures,
         model,
         plots,
         predictions,
@@ -99,6 +100,7 @@ def main(argv=None):
 
     # 1. Connect, check the folder, and load the data: whatever is wrong shows now.
     folder = shared_storage.prepare(args.target_path)
+    failures.explain()
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     shared_storage.check_experiment(args.experiment, folder)
     train = data.load(args.dataset, args.data_dir, train=True)
@@ -130,7 +132,7 @@ def main(argv=None):
             description=args.note or None,
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        runs.killed_by_signal(),
+        runs.always_ended(),
     ):
         run_id = run.info.run_id
         print(

@@ -82,9 +82,20 @@ def main(argv=None):
     import mlflow
     import torch
 
-    from common import data, model, plots, predictions, provenance, runs, tracking, training
+    from common import (
+        data,
+        failures,
+        model,
+        plots,
+        predictions,
+        provenance,
+        runs,
+        tracking,
+        training,
+    )
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
+    failures.explain()
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     train = data.load(args.dataset, args.data_dir, train=True)
     test = data.load(args.dataset, args.data_dir, train=False)
@@ -111,7 +122,7 @@ def main(argv=None):
             description=args.note or None,
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        runs.killed_by_signal(),
+        runs.always_ended(),
     ):
         run_id = run.info.run_id
         print(

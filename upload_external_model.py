@@ -54,6 +54,7 @@ def main(argv=None):
 
     from common import (
         data,
+        failures,
         model,
         plots,
         predictions,
@@ -68,6 +69,7 @@ def main(argv=None):
     path = Path(args.model_path)
     network = model.MNISTCNN().eval()
     weights.load(network, path)
+    failures.explain()
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     test = data.load(args.dataset, args.data_dir, train=False)
     scores = training.evaluate(network, test.images, test.labels)
@@ -84,7 +86,7 @@ def main(argv=None):
             run_name=f"MNIST_external_{owner}",
             description=args.note or None,
         ) as run,
-        runs.killed_by_signal(),
+        runs.always_ended(),
     ):
         run_id = run.info.run_id
         print(

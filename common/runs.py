@@ -1,6 +1,6 @@
-"""A run from outside: its end on a signal, its state, its model, its page.
+"""A run from outside: its end whatever happens, its state, its model, its page.
 
-If you only want one thing for your own training script, copy `killed_by_signal`.
+If you only want one thing for your own training script, copy `always_ended`.
 """
 
 import contextlib
@@ -72,17 +72,18 @@ def run_address(run):
 
 
 @contextlib.contextmanager
-def killed_by_signal():
-    """Inside `with mlflow.start_run()`: end the run as KILLED on SIGTERM and on Ctrl-C.
+def always_ended():
+    """Inside `with mlflow.start_run()`: end the run for certain, and in bounded time.
 
-    A batch system sends SIGTERM when the time is up or the job is preempted. Python would die at
-    once, and the run would be RUNNING for ever. The process exits with 143 or 130, as shells
-    expect.
+    KILLED on SIGTERM and on Ctrl-C, and the process exits with 143 or 130, as shells expect: a
+    batch system sends SIGTERM when the time is up or the job is preempted, Python would die at
+    once, and the run would be RUNNING for ever. FAILED on an error, which is raised again:
+    `start_run` by itself would wait minutes for a server that is away, and then raise another.
     """
     received = []
 
     def stop(number, frame):
-        received.append(number)
+        received.append(signal.Signals(number))
         for signal_number in previous:  # a second one ends the process at once
             signal.signal(signal_number, signal.SIG_DFL)
         raise SystemExit(128 + number)
@@ -90,27 +91,32 @@ def killed_by_signal():
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    finally:
+    except BaseException:
+        status = "KILLED" if received else "FAILED"
+        outcome = _end(status)
         if received:
-            _end_as_killed(signal.Signals(received[0]).name)
-        else:
+            print(f"error: stopped by {received[0].name}; {outcome}.", file=sys.stderr, flush=True)
+        elif status not in outcome:
+            print(f"warning: {outcome}.", file=sys.stderr, flush=True)
+        raise
+    finally:
+        if not received:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
 
-def _end_as_killed(signal_name):
-    """Say so to the server, in the seconds that a batch system leaves before it sends SIGKILL."""
+def _end(status):
+    """Tell the server, in the seconds that a batch system leaves before it sends SIGKILL."""
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
     run_id = mlflow.active_run().info.run_id
     try:
-        mlflow.end_run("KILLED")
+        mlflow.end_run(status)
         for model in mlflow.search_logged_models(
             filter_string=f"source_run_id = '{run_id}'", output_format="list"
         ):
             if model.status == "PENDING":  # it was being written
                 mlflow.MlflowClient().finalize_logged_model(model.model_id, "FAILED")
-        outcome = "the run is marked KILLED"
-    except MlflowException:
-        outcome = f"the server does not answer, and the run {run_id} may stay RUNNING there"
-    print(f"error: stopped by {signal_name}; {outcome}.", file=sys.stderr, flush=True)
+    except (MlflowException, SystemExit):  # SystemExit: a key file that cannot be used
+        return f"the server does not answer, and the run {run_id} may stay RUNNING there"
+    return f"the run is marked {status}"

@@ -1,14 +1,18 @@
 """The tracking server: which one, the API key on every request, TLS, and whether it answers.
 
-If you only want the API key in your own project, copy `ApiKeyHeader` and `send_api_key`: MLflow
-asks a registered header provider at every request, so metrics, artifacts and the registry all carry
-it.
+If you only want the API key in your own project, copy `ApiKeyHeader`, `api_key`, `keeps_secrets`
+and `send_api_key`: MLflow asks a registered header provider at every request, so metrics, artifacts
+and the registry all carry it.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import ssl
+import stat
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -35,36 +39,85 @@ SETTINGS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     # Models are exported from the CPU. MLflow would try them on a GPU wherever it sees one.
     "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",
+    # Files from here on go in parts of as many bytes, past the gateway, where the server offers
+    # that. MLflow would begin at 500 MB, and gateways refuse bodies of more than some 16 MB.
+    "MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE": str(10 * 1024 * 1024),
+    # MLflow tries again for some 4 minutes. It would also wait as long as a server says: hours.
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the scripts print the run's address first
     "GIT_PYTHON_REFRESH": "quiet",  # no three screens of warning on a machine without git
 }
 
-# For the first request only, so that a server that is away costs seconds. MLflow's own patience
-# (7 retries, 120 s each) comes back after it, and carries a running job over an outage.
-FIRST_REQUEST = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "6",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+# Before any work starts, a server that is away costs seconds. MLflow's own patience (7 retries,
+# 120 s each) comes back after that, and carries a running job over an outage.
+FIRST_REQUESTS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
 }
+PATIENCE = 13  # seconds for the first requests together, whatever hangs: names, proxies, servers
 
 
 class ApiKeyHeader(RequestHeaderProvider):
-    """Adds `X-Api-Key` to MLflow's requests, read anew from AM_SC_API_KEY each time.
+    """Adds `X-Api-Key` to MLflow's requests, read anew each time: it may change during a job.
 
-    An exception in a provider is swallowed by MLflow, and the request goes out without the header:
-    so the key is validated once in `connect`, and nothing here can fail.
+    MLflow swallows an `Exception` in a provider, and sends the request without the header. The
+    SystemExit of a key file that can no longer be used does get through, and ends the script.
     """
 
     def in_context(self):
-        return bool(api_key()) and keeps_secrets(mlflow.get_tracking_uri())
+        return keeps_secrets(mlflow.get_tracking_uri()) and bool(api_key()[0])
 
     def request_headers(self):
-        return {"X-Api-Key": api_key()}
+        return {"X-Api-Key": api_key()[0]}
 
 
 def api_key():
-    """Return the key without the line break that comes along from a file, or ""."""
-    return os.environ.get("AM_SC_API_KEY", "").strip()
+    """Return (the key or "", the variable that it comes from).
+
+    AM_SC_API_KEY_FILE names a file that is read each time; else AM_SC_API_KEY holds the key. Raises
+    SystemExit if the file cannot be read or may be read by others, or if no header can carry the
+    key: MLflow would print it in its own message.
+    """
+    name = "AM_SC_API_KEY_FILE"
+    if path := os.environ.get(name, "").strip():
+        key = _read_key(path)
+    else:
+        name = "AM_SC_API_KEY"
+        key = os.environ.get(name, "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise SystemExit(
+            f"error: {name} holds a space, a line break or a letter outside ASCII: no header can "
+            "carry it.\n"
+            "hint:  set it again, in quotes, exactly as you were given it."
+        )
+    return key, name
+
+
+def _read_key(path):
+    """Return what stands in the key file. One that is being replaced gets a second chance."""
+    for pause in (0.5, 0):
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                key = file.read(10_000).strip()
+            problem = "it is empty"
+        except OSError as error:
+            key, mode, problem = "", 0, error.strerror
+        if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise SystemExit(
+                f"error: the key file {path} is open to others than its owner.\n"
+                f"hint:  chmod 600 {path}; and if others use this machine, ask for a new key."
+            )
+        if key:
+            return key
+        time.sleep(pause)
+    raise SystemExit(
+        f"error: there is no key in AM_SC_API_KEY_FILE, {path}: {problem}.\n"
+        "hint:  write the key into it, and nothing else; renew it by writing a new file beside it, "
+        "and mv."
+    )
 
 
 def keeps_secrets(uri):
@@ -85,16 +138,39 @@ def send_api_key():
 def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     """Point MLflow at the server, and make sure that it is there, trusted, and accepts the key.
 
-    The address is `tracking_uri`, else MLFLOW_TRACKING_URI, else the AmSC server if AM_SC_API_KEY
-    is set, else a local SQLite file. The first line printed says which, and why.
+    The address is `tracking_uri`, else MLFLOW_TRACKING_URI, else the AmSC server if there is an API
+    key, else a local SQLite file. The first line printed says which, and why.
 
-    Raises SystemExit, within 15 seconds, with what is wrong and what to do about it. If
-    `experiment` is given, one of that name that was deleted, or that keeps its artifacts on another
-    server, counts as wrong too.
+    Raises SystemExit with what is wrong and what to do about it, and within 15 seconds what MLflow
+    raises if the server fails (`failures.explain` makes two lines of that). If `experiment` is
+    given, one of that name that was deleted, or that keeps its artifacts on another server, counts
+    as wrong too.
     """
-    uri, reason = _choose(tracking_uri)
-    parts = _check_address(uri)
-    _check_variables(uri)
+    uri, reason = address(tracking_uri)
+    settle()
+    mlflow.set_tracking_uri(uri)
+    if uri.startswith("http"):
+        trust(ca_bundle)
+        words = credential(uri)
+        send_api_key()
+        print(f"tracking {_printable(uri)}  ({reason}; {words})", flush=True)
+        existing = ask_server(experiment)
+    else:
+        with _prepare_sqlite(uri) if uri.startswith("sqlite") else contextlib.nullcontext():
+            print(f"tracking {_printable(uri)}  ({reason})", flush=True)
+            existing = _open_store(uri, experiment)
+    if existing and existing.lifecycle_stage == "deleted":
+        raise SystemExit(
+            f"error: the experiment {experiment!r} was deleted, and its name is still taken.\n"
+            f"hint:  mlflow experiments restore -x {existing.experiment_id}, "
+            "or choose another --experiment."
+        )
+    if existing:
+        check_artifact_location(existing.artifact_location)
+
+
+def settle():
+    """Set the MLflow variables that suit a job log, where the user has not."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     # Not the user's choice: `requests` would take X-Api-Key along to any host it is sent on to.
@@ -102,141 +178,20 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     if not sys.stderr.isatty():
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-    credential, lock = "", contextlib.nullcontext()
-    if parts.scheme.startswith("sqlite"):
-        lock = _prepare_sqlite(parts)
-    elif parts.scheme in ("http", "https"):
-        _set_up_tls(ca_bundle)
-        credential = _credential(uri, parts)
-        send_api_key()
-    mlflow.set_tracking_uri(uri)
-    print(f"tracking {_printable(uri)}  ({reason}{credential})", flush=True)
-    with lock:
-        _check_server(uri, credential)
 
-    if experiment:
-        existing = mlflow.get_experiment_by_name(experiment)
-        if existing and existing.lifecycle_stage == "deleted":
-            raise SystemExit(
-                f"error: the experiment {experiment!r} was deleted, and its name is still taken.\n"
-                f"hint:  mlflow experiments restore -x {existing.experiment_id}, "
-                "or choose another --experiment."
-            )
-        if existing:
-            check_artifact_location(existing.artifact_location)
+def address(tracking_uri=None):
+    """Return (the tracking address, where it comes from). Raises SystemExit if it cannot be one."""
+    uri, reason = _choose(tracking_uri)
+    _check_address(uri)
+    _check_variables(uri)
+    return uri, reason
 
 
-def check_artifact_location(location):
-    """Raise SystemExit if artifacts there belong to another server, which would get the key."""
-    parts, own = urlsplit(location), urlsplit(mlflow.get_tracking_uri())
-    over_http = parts.scheme in ("http", "https") or (
-        parts.scheme == "mlflow-artifacts" and parts.netloc
-    )
-    unencrypted = parts.scheme == "http" and own.scheme == "https"
-    if over_http and (parts.netloc != own.netloc or unencrypted):
-        raise SystemExit(
-            f"error: the artifacts lie on another server, {location}, and the key must not "
-            "go there.\n"
-            "hint:  choose another --experiment, or a run of one that keeps its artifacts here."
-        )
+def trust(ca_bundle=None):
+    """Have TLS verified against `ca_bundle`, MLFLOW_TRACKING_SERVER_CERT_PATH, or the public CAs.
 
-
-def _choose(tracking_uri):
-    if tracking_uri is not None:
-        return tracking_uri.strip(), "from --tracking_uri"
-    if uri := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
-        return uri, "from MLFLOW_TRACKING_URI"
-    if api_key():
-        return AMSC_URI, "the AmSC server, because AM_SC_API_KEY is set"
-    return LOCAL_URI, "local, because neither MLFLOW_TRACKING_URI nor AM_SC_API_KEY is set"
-
-
-def _check_address(uri):
-    try:
-        parts = urlsplit(uri)
-        possible = " " not in parts.netloc and parts.port != 0
-    except ValueError:  # a port that is no number, brackets that are not closed
-        possible = False
-    if not possible:
-        raise SystemExit(
-            "error: the tracking address has an impossible host or port.\n"
-            "hint:  it looks like https://HOST or http://127.0.0.1:5000"
-        )
-    scheme = parts.scheme.split("+")[0]
-    if scheme not in SCHEMES or not uri.startswith(f"{parts.scheme}://"):
-        raise SystemExit(
-            f"error: the tracking address {_printable(uri)!r} is none of "
-            f"{', '.join(name + '://' for name in SCHEMES)}.\n"
-            f"hint:  a server is https://HOST, a local file {LOCAL_URI}."
-        )
-    if scheme in ("http", "https") and (
-        parts.username or parts.query or parts.fragment or not parts.hostname
-    ):
-        raise SystemExit(
-            "error: the tracking address must have a host, and no user name, password or query in "
-            "it (MLflow prints the address).\n"
-            "hint:  export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for those."
-        )
-    return parts
-
-
-def _printable(uri):
-    """The address without its secrets: databases have a password before the @ or in the query."""
-    parts = urlsplit(uri)
-    if not parts.netloc:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
-
-
-def _check_variables(uri):
-    """Refuse MLflow variables that would lead a script elsewhere than its first line says."""
-    registry_uri = os.environ.get("MLFLOW_REGISTRY_URI", uri)
-    if registry_uri.rstrip("/") != uri.rstrip("/"):
-        raise SystemExit(
-            "error: MLFLOW_REGISTRY_URI names another server than the tracking address, and the "
-            "key must not go there.\n"
-            "hint:  unset MLFLOW_REGISTRY_URI; models are registered on the tracking server."
-        )
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        raise SystemExit(
-            f"error: MLFLOW_RUN_ID is set, so MLflow would write into the run {run_id} again.\n"
-            "hint:  unset MLFLOW_RUN_ID"
-        )
-
-
-def _prepare_sqlite(parts):
-    """Check that the file can be made, and keep its artifacts beside it.
-
-    Returns a context in which no other script opens the file: two that make its tables at the same
-    moment (a job array, say) would get in each other's way, and one of them fail.
+    Raises SystemExit if that file is none, or contradicts MLFLOW_TRACKING_INSECURE_TLS.
     """
-    path = Path(unquote(parts.path[1:])).absolute()
-    if parts.netloc or path.is_dir() or path.name == ":memory:":
-        raise SystemExit(
-            "error: the tracking address names no SQLite file, and the run would be lost.\n"
-            f"hint:  {LOCAL_URI} is a file here, sqlite:////PATH/mlflow.db one elsewhere."
-        )
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise SystemExit(
-            f"error: the local store {path} cannot be written.\n"
-            "hint:  change to a folder of your own, or give --tracking_uri sqlite:////PATH/mlflow.db"
-        )
-    file = path.open("a+b")
-    file.seek(0)
-    if file.read(16) not in (b"", b"SQLite format 3\0"):
-        raise SystemExit(
-            f"error: {path} is no SQLite database.\nhint:  give another --tracking_uri."
-        )
-    # MLflow would put them into ./mlruns, wherever that is at the time. This is how `mlflow server`
-    # tells its own processes; a version that does not look here uses ./mlruns as before.
-    os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = (path.parent / "mlruns").as_uri()
-    if fcntl:
-        with contextlib.suppress(OSError):  # a mount without such locks: do without
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-    return file
-
-
-def _set_up_tls(ca_bundle):
     name = "MLFLOW_TRACKING_SERVER_CERT_PATH"
     if ca_bundle is not None:
         os.environ[name] = ca_bundle
@@ -266,44 +221,179 @@ def _set_up_tls(ca_bundle):
             ) from error
 
 
-def _credential(uri, parts):
-    """Check what the server will be shown, before it is asked, and return words for it."""
-    key = api_key()
-    if not key.isascii() or any(character.isspace() for character in key):
-        raise SystemExit(
-            "error: AM_SC_API_KEY holds a space, a line break or a letter outside ASCII: no header "
-            "can carry it.\n"
-            "hint:  export it again, in quotes, exactly as you were given it."
-        )
-    sent = []
-    if key and keeps_secrets(uri):
-        sent.append("X-Api-Key")
+def credential(uri):
+    """Return in words, never in values, what the server at `uri` will be shown.
+
+    Raises SystemExit if the key cannot be used, or if there is none for the AmSC server.
+    """
+    key, name = api_key()
+    withheld = key and not keeps_secrets(uri)
+    sent = [f"X-Api-Key from {name}"] if key and not withheld else []
+    unencrypted = "" if keeps_secrets(uri) else ", unencrypted"
     if os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        sent.append("user and password")
+        sent.append(f"user and password{unencrypted}")
     elif os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        sent.append("bearer token")
-    if not sent and parts.hostname == urlsplit(AMSC_URI).hostname:
+        sent.append(f"bearer token{unencrypted}")
+    if not sent and urlsplit(uri).hostname == urlsplit(AMSC_URI).hostname:
         raise SystemExit(
             "error: AM_SC_API_KEY is not set, so the AmSC server would refuse every request.\n"
             'hint:  export AM_SC_API_KEY="<your key>"'
         )
-    if key and not keeps_secrets(uri):
+    if withheld:
         sent.append("X-Api-Key withheld: plain http")
-    return f"; {', '.join(sent)}" if sent else "; no credentials"
+    return ", ".join(sent) or "no credentials"
 
 
-def _check_server(uri, credential):
-    own = {name: os.environ.get(name) for name in FIRST_REQUEST}
-    os.environ.update(FIRST_REQUEST)
+def check_artifact_location(location):
+    """Raise SystemExit if artifacts there belong to another server, which would get the key."""
+    parts, own = urlsplit(location), urlsplit(mlflow.get_tracking_uri())
+    over_http = parts.scheme in ("http", "https") or (
+        parts.scheme == "mlflow-artifacts" and parts.netloc
+    )
+    unencrypted = parts.scheme == "http" and own.scheme == "https"
+    if over_http and (parts.netloc != own.netloc or unencrypted):
+        raise SystemExit(
+            f"error: the artifacts lie on another server, {location}, and the key must not "
+            "go there.\n"
+            "hint:  choose another --experiment, or a run of one that keeps its artifacts here."
+        )
+
+
+def _choose(tracking_uri):
+    if tracking_uri is not None:
+        return tracking_uri.strip(), "from --tracking_uri"
+    if uri := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
+        return uri, "from MLFLOW_TRACKING_URI"
+    key, name = api_key()
+    if key:
+        return AMSC_URI, f"the AmSC server, because {name} is set"
+    return LOCAL_URI, "local, because neither MLFLOW_TRACKING_URI nor AM_SC_API_KEY is set"
+
+
+def _check_address(uri):
     try:
-        mlflow.MlflowClient().search_experiments(max_results=1)
-    except MlflowException as error:
-        raise SystemExit(_diagnose(error, uri, credential)) from error
+        parts = urlsplit(uri)
+        possible = " " not in parts.netloc and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that are not closed
+        possible = False
+    if not possible:
+        raise SystemExit(
+            "error: the tracking address has an impossible host or port.\n"
+            "hint:  it looks like https://HOST or http://127.0.0.1:5000"
+        )
+    scheme = parts.scheme.split("+")[0]
+    if scheme not in SCHEMES or not uri.startswith(f"{parts.scheme}://"):
+        raise SystemExit(
+            f"error: the tracking address {_printable(uri)!r} is none of "
+            f"{', '.join(name + '://' for name in SCHEMES)}.\n"
+            f"hint:  a server is https://HOST, a local file {LOCAL_URI}."
+        )
+    if scheme in ("http", "https") and (
+        parts.username or parts.query or parts.fragment or not parts.hostname
+    ):
+        raise SystemExit(
+            "error: the tracking address must have a host, and no user name, password or query in "
+            "it (MLflow prints the address).\n"
+            "hint:  export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for those."
+        )
+
+
+def _printable(uri):
+    """The address without its secrets: databases have a password before the @ or in the query."""
+    parts = urlsplit(uri)
+    if not parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def _check_variables(uri):
+    """Refuse MLflow variables that would lead a script elsewhere than its first line says."""
+    registry_uri = os.environ.get("MLFLOW_REGISTRY_URI", uri)
+    if registry_uri.rstrip("/") != uri.rstrip("/"):
+        raise SystemExit(
+            "error: MLFLOW_REGISTRY_URI names another server than the tracking address, and the "
+            "key must not go there.\n"
+            "hint:  unset MLFLOW_REGISTRY_URI; models are registered on the tracking server."
+        )
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        raise SystemExit(
+            f"error: MLFLOW_RUN_ID is set, so MLflow would write into the run {run_id} again.\n"
+            "hint:  unset MLFLOW_RUN_ID"
+        )
+
+
+def _prepare_sqlite(uri):
+    """Check that the file can be made, and keep its artifacts beside it.
+
+    Returns a context in which no other script opens the file: two that make its tables at the same
+    moment (a job array, say) would get in each other's way, and one of them fail.
+    """
+    parts = urlsplit(uri)
+    path = Path(unquote(parts.path[1:])).absolute()
+    if parts.netloc or path.is_dir() or path.name == ":memory:":
+        raise SystemExit(
+            "error: the tracking address names no SQLite file, and the run would be lost.\n"
+            f"hint:  {LOCAL_URI} is a file here, sqlite:////PATH/mlflow.db one elsewhere."
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise SystemExit(
+            f"error: the local store {path} cannot be written.\n"
+            "hint:  change to a folder of your own, or give --tracking_uri sqlite:////PATH/mlflow.db"
+        )
+    file = path.open("a+b")
+    file.seek(0)
+    if file.read(16) not in (b"", b"SQLite format 3\0"):
+        raise SystemExit(
+            f"error: {path} is no SQLite database.\nhint:  give another --tracking_uri."
+        )
+    # MLflow would put them into ./mlruns, wherever that is at the time. This is how `mlflow server`
+    # tells its own processes; a version that does not look here uses ./mlruns as before.
+    os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = (path.parent / "mlruns").as_uri()
+    if fcntl:
+        with contextlib.suppress(OSError):  # a mount without such locks: do without
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+    return file
+
+
+def _open_store(uri, experiment):
+    """Return the experiment of a database if it exists; or raise SystemExit."""
+    try:
+        return _find_experiment(experiment)
     except ImportError as error:  # the driver of a database
         raise SystemExit(
             f"error: the store {_printable(uri)} cannot be opened: {error}.\n"
             f"hint:  pip install {error.name}"
         ) from error
+    except MlflowException as error:
+        text = " ".join(str(error).split())[:300]
+        raise SystemExit(
+            f"error: the store {_printable(uri)} cannot be opened: {text}.\n"
+            "hint:  is the file from a newer MLflow, or no MLflow store? Give another "
+            "--tracking_uri."
+        ) from error
+
+
+def ask_server(experiment=None):
+    """Return the experiment if it exists; raise what MLflow raises, within `PATIENCE`.
+
+    In a thread that can be left behind: the time limit of `requests` counts anew for each address
+    of a name, and does not count at all while the name is looked up.
+    """
+    own = {name: os.environ.get(name) for name in FIRST_REQUESTS}
+    os.environ.update(FIRST_REQUESTS)
+    answer = concurrent.futures.Future()
+
+    def ask():
+        try:
+            answer.set_result(_find_experiment(experiment))
+        except BaseException as error:  # noqa: BLE001 (handed over: `result` raises it again)
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(PATIENCE)
+    except concurrent.futures.TimeoutError:
+        raise requests.exceptions.Timeout(f"nothing within {PATIENCE} s") from None
     finally:
         for name, value in own.items():
             if value is None:
@@ -312,58 +402,7 @@ def _check_server(uri, credential):
                 os.environ[name] = value
 
 
-def _diagnose(error, uri, credential):
-    """Return one sentence what went wrong and one what to do."""
-    address = _printable(uri)
-    text = " ".join(str(error).split())
-    for secret in (api_key(), os.environ.get("MLFLOW_TRACKING_TOKEN")):
-        text = text.replace(secret, "<secret>") if secret else text
-    causes, cause = [], error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    def caused_by(kind):
-        return any(isinstance(cause, kind) for cause in causes)
-
-    if caused_by(requests.exceptions.ProxyError):
-        what = f"the proxy on the way to {address} does not answer"
-        advice = "check http_proxy, https_proxy and no_proxy."
-    elif caused_by(requests.exceptions.SSLError):
-        reason = text.partition("SSLError(")[2][:200] or text[:200]
-        what = f"no trusted TLS connection to {address}: {reason}"
-        advice = (
-            "if the server has a certificate of your institution, give --ca_bundle FILE; "
-            "if it has none, its address starts with http://."
-        )
-    elif caused_by(requests.exceptions.Timeout) or "ReadTimeoutError" in text:
-        what = f"{address} did not answer within {FIRST_REQUEST['MLFLOW_HTTP_REQUEST_TIMEOUT']} s"
-        advice = "check the address, and on a compute node whether it has a network at all."
-    elif caused_by(requests.exceptions.ConnectionError) and "too many" not in text:
-        unknown = "NameResolutionError" in text
-        what = f"the name of {address} is unknown" if unknown else f"no server answers at {address}"
-        advice = "check the address and the network, and that the server runs."
-    elif "valid JSON format" in text:
-        what = f"{address} answers with a web page, not as an MLflow server: probably a login page"
-        advice = f"check AM_SC_API_KEY and that the address is right and https (sent{credential})."
-    elif error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"):
-        sent_none = credential.startswith("; no ") or "withheld" in credential
-        what = f"{address} refuses the request: {text[-200:]}"
-        advice = (
-            f"it wants a key or token{credential}: export AM_SC_API_KEY, and use https."
-            if sent_none
-            else f"check the key or token{credential}, and that it is allowed to do this."
-        )
-    elif "failed with error code 3" in text:
-        what = f"{address} redirects to another address, which is not followed, to protect the key"
-        advice = "use the address that it redirects to; often https:// in place of http://."
-    elif error.error_code == "ENDPOINT_NOT_FOUND":
-        what = f"there is a web server at {address}, but no MLflow"
-        advice = "check the path of the address."
-    elif uri.startswith("http"):
-        what = f"{address} answers with an error: {text[:300]}"
-        advice = "try again in a minute; if it stays, ask those who run the server."
-    else:
-        what = f"the store {address} cannot be opened: {text[:300]}"
-        advice = "is the file from a newer MLflow, or no MLflow store? Give another --tracking_uri."
-    return f"error: {what}.\nhint:  {advice}"
+def _find_experiment(name):
+    client = mlflow.MlflowClient()
+    client.search_experiments(max_results=1)
+    return client.get_experiment_by_name(name) if name else None

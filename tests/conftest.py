@@ -31,6 +31,7 @@ SCRIPTS = (
     "Modify_artifact_location.py",
     "Modify_artifact_location_register_inference.py",
 )
+FURTHER_SCRIPTS = ("scripts/check_connection.py",)
 
 
 class Finished:
@@ -202,29 +203,55 @@ def serving(command, cwd, environment, url, log):
             stop(process)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """The address of a real `mlflow server` on SQLite, without a key."""
-    folder = tmp_path_factory.mktemp("server")
+@contextlib.contextmanager
+def mlflow_server(folder, artifacts=None, **variables):
+    """A real `mlflow server` on SQLite in `folder`, without a key; yields its address."""
     port, log = free_port(), folder / "server.log"
     command = [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-        *("--artifacts-destination", str(folder / "artifacts")),
+        *("--artifacts-destination", artifacts or str(folder / "artifacts")),
     ]
-    environment = clean_environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    environment = clean_environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", **variables)
     with serving(command, folder, environment, f"http://127.0.0.1:{port}/health", log):
         yield f"http://127.0.0.1:{port}"
 
 
-@pytest.fixture(scope="session")
-def tls_server(server, tmp_path_factory):
-    """(a gateway that speaks TLS under a private CA and demands the key, the CA's PEM file)."""
-    authority = trustme.CA()
+def certificate(folder):
+    """(an ssl context for a server at 127.0.0.1, the PEM file of the authority made for it)."""
+    authority = trustme.CA(organization_name="Test Institute")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    ca_bundle = tmp_path_factory.mktemp("tls") / "ca.pem"
-    authority.cert_pem.write_to_path(str(ca_bundle))
-    with Gateway(server, KEY, tls=context) as gateway:
-        yield gateway, ca_bundle
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    return context, folder / "ca.pem"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The address of a real `mlflow server` on SQLite, without a key."""
+    with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory):
+    """What `certificate` makes, once."""
+    return certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def box(server, tls):
+    """The server behind a gateway of this test's own: TLS of a private authority, key, limits."""
+    with Gateway(server, KEY, tls=tls[0]) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def box_variables(box, tls):
+    """What a user of the box exports."""
+    return {
+        "MLFLOW_TRACKING_URI": box.uri,
+        "MLFLOW_TRACKING_SERVER_CERT_PATH": str(tls[1]),
+        "AM_SC_API_KEY": KEY,
+    }

@@ -1,17 +1,24 @@
-"""An API-key gateway in front of a tracking server, as the AmSC server has one.
+"""An API-key gateway in front of a tracking server, as the AmSC server has one, with its bad days.
 
-It forwards a request only if it carries the key, keeps a record of each, and can be told to refuse
-in the ways that gateways do. Plain http, or https under a certificate that the test made.
+It forwards a request only if it carries the key, keeps a record of each, refuses bodies that are
+too large, and can be told to fail in the ways that gateways do. Plain http, or https under a
+certificate that the test made.
 """
 
 import http.client
 import threading
+import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+BODY_LIMIT = 16 * 1024 * 1024  # bytes
 LOGIN_PAGE = b"<!doctype html><html><title>Sign in</title><body>Please sign in.</body></html>"
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"}
+
+# What `fault` can be, besides None.
+FAULTS = ("401", "403", "429", "500", "503", "login", "redirect", "echo", "hang", "drop", "down")
 
 
 class Request(NamedTuple):
@@ -19,56 +26,100 @@ class Request(NamedTuple):
     path: str
     headers: dict  # names in lower case
     size: int  # bytes of the body
-    status: int  # what was answered
+    status: int  # what was answered; 0 if nothing
 
 
 class Gateway:
     """Listens on 127.0.0.1; `uri` is its address, `requests` all that came in, in order.
 
-    `deny` is what a request without the key gets: "login" (HTML with status 200), or a status code.
-    `answer`, if set, is given to every request in place of forwarding it: (status, headers, body).
+    `key` is what it demands (None: nothing), `token` a bearer token that it takes instead. `deny`
+    is what a request without either gets: "login" (HTML with status 200), or a status code. Each
+    may be changed at any time, and so may
+
+    `fault`        what goes wrong: one of FAULTS, or (status, headers, body) for any other answer;
+                   "echo" is a 403 whose page shows the request's headers, as debug pages do
+    `fault_on`     for which requests: a function of method and path
+    `redirect_to`  where the fault "redirect" leads
+    `clock_lead`   seconds that its clock is ahead
     """
 
-    def __init__(self, upstream, key, tls=None, deny=401):
+    def __init__(self, upstream, key, tls=None, deny=401, token=None, body_limit=BODY_LIMIT):
         self.upstream = urlsplit(upstream)
-        self.key, self.deny, self.answer = key, deny, None
-        self.requests = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        scheme = "http"
-        if tls is not None:
-            scheme = "https"
-            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.key, self.token, self.deny, self.body_limit = key, token, deny, body_limit
+        self.fault, self.redirect_to = None, "http://127.0.0.1:9/"
+        self.fault_on = lambda method, path: True
+        self.clock_lead, self.requests = 0, []
+        self.on_request = lambda request: None
+        self._tls, self._released = tls, threading.Event()
+        self._listen(0)
+        scheme = "http" if tls is None else "https"
         self.uri = f"{scheme}://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def _listen(self, port):
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a client that goes away is no news
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
 
     def __enter__(self):
-        self._thread.start()
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *exc_info):
+        self._released.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def die(self):
+        """Stop listening; requests under way, and connections kept open, are cut."""
+        self.fault = "down"
+        self._server.shutdown()
+        self._server.server_close()
+
+    def come_back(self):
+        """Listen again, on the same port."""
+        self.fault = None
+        self._listen(self._server.server_port)
+        self.__enter__()
 
     def artifact_uploads(self):
         return [r for r in self.requests if r.method == "PUT" and "/mlflow-artifacts/" in r.path]
 
-    def _reply(self, method, path, headers, body):
+    def _may_enter(self, headers):
+        if self.key is None or headers.get("x-api-key") == self.key:
+            return True
+        return self.token and headers.get("authorization") == f"Bearer {self.token}"
+
+    def _reply(self, fault, method, path, headers, body):
         """Return (status, headers, body)."""
-        if self.answer is not None:
-            return self.answer
-        if headers.get("x-api-key") != self.key:
-            if self.deny == "login":
-                return 200, {"Content-Type": "text/html"}, LOGIN_PAGE
+        if isinstance(fault, tuple):
+            return fault
+        html = {"Content-Type": "text/html"}
+        if fault == "login" or (self.deny == "login" and not self._may_enter(headers)):
+            return 200, html, LOGIN_PAGE
+        if fault == "redirect":
+            return 307, {"Location": self.redirect_to}, b""
+        if fault == "echo":
+            return 403, html, f"<html>forbidden for {headers}</html>".encode()
+        if fault in ("401", "403", "429", "500", "503"):
+            after = {"Retry-After": "3600"} if fault in ("429", "503") else {}
+            return int(fault), {"Content-Type": "text/plain"} | after, b"a bad day"
+        if not self._may_enter(headers):
             return self.deny, {"Content-Type": "text/plain"}, b"no valid API key"
+        return self._forward(method, path, headers, body)
+
+    def _forward(self, method, path, headers, body):
         connection = http.client.HTTPConnection(self.upstream.netloc, timeout=60)
         forwarded = {name: value for name, value in headers.items() if name not in HOP_BY_HOP}
         connection.request(method, path, body=body, headers=forwarded)
         response = connection.getresponse()
         content = response.read()
-        reply_headers = {k: v for k, v in response.getheaders() if k.lower() not in HOP_BY_HOP}
+        kept = {k: v for k, v in response.getheaders() if k.lower() not in HOP_BY_HOP | {"date"}}
         connection.close()
-        return response.status, reply_headers, content
+        return response.status, kept, content
 
     def _handler(gateway):  # noqa: N805 (inside the handler, `self` is a request)
         class Handler(BaseHTTPRequestHandler):
@@ -76,24 +127,51 @@ class Gateway:
 
             def handle_any(self):
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                if headers.get("transfer-encoding") == "chunked":
-                    body = self._read_chunks()
-                else:
-                    body = self.rfile.read(int(headers.get("content-length", 0)))
-                reply = gateway._reply(self.command, self.path, headers, body)
-                status, reply_headers, content = reply
-                gateway.requests.append(
-                    Request(self.command, self.path, headers, len(body), status)
+                length = int(headers.get("content-length", 0))
+                if length > gateway.body_limit:
+                    self._refuse_body(headers, length)
+                    return
+                chunked = headers.get("transfer-encoding") == "chunked"
+                body = self._read_chunks() if chunked else self.rfile.read(length)
+                fault = gateway.fault if gateway.fault_on(self.command, self.path) else None
+                if fault in ("hang", "drop", "down"):
+                    self._record(headers, len(body), 0)
+                    self.close_connection = True
+                    if fault == "hang":
+                        gateway._released.wait()
+                    elif fault == "drop":  # in the middle of an answer
+                        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+                    return
+                status, reply_headers, content = gateway._reply(
+                    fault, self.command, self.path, headers, body
                 )
-                self.send_response(status)
-                for name, value in reply_headers.items():
+                self._record(headers, len(body), status)
+                self._answer(status, reply_headers, content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_any  # noqa: N815
+
+            def _record(self, headers, size, status):
+                request = Request(self.command, self.path, headers, size, status)
+                gateway.requests.append(request)
+                gateway.on_request(request)
+
+            def _answer(self, status, headers, content):
+                self.send_response_only(status)
+                self.send_header("Date", formatdate(time.time() + gateway.clock_lead, usegmt=True))
+                for name, value in headers.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(content)
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_any  # noqa: N815
+            def _refuse_body(self, headers, length):
+                """At once, as nginx does; what still comes in is thrown away."""
+                self._record(headers, length, 413)
+                self._answer(413, {"Connection": "close"}, b"Request Entity Too Large")
+                while length > 0 and (chunk := self.rfile.read(min(length, 1 << 20))):
+                    length -= len(chunk)
+                self.close_connection = True
 
             def _read_chunks(self):
                 body = b""

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, clean_environment, run
+from conftest import FURTHER_SCRIPTS, ROOT, SCRIPTS, clean_environment, run
 
 HEAVY = ("torch", "torchvision", "mlflow", "matplotlib", "sklearn", "numpy", "pandas")
 
@@ -24,7 +24,7 @@ def imported(script, *arguments, cwd):
     return process.returncode, {name.split(".")[0] for name in names}, process.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + FURTHER_SCRIPTS)
 def test_help_and_typo_answer_without_heavy_imports(script, tmp_path):
     code, packages, _ = imported(script, "--help", cwd=tmp_path)
     assert code == 0 and packages.isdisjoint(HEAVY)
@@ -35,7 +35,7 @@ def test_help_and_typo_answer_without_heavy_imports(script, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SCRIPTS + FURTHER_SCRIPTS)
 def test_help_is_the_docstring(script, tmp_path):
     text = run(script, "--help", cwd=tmp_path).out
     assert f"    python {script}" in text

@@ -11,7 +11,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import KEY, ROOT, SCRIPTS, clean_environment, free_port, serving, write_mnist
+from conftest import (
+    FURTHER_SCRIPTS,
+    KEY,
+    ROOT,
+    SCRIPTS,
+    clean_environment,
+    free_port,
+    serving,
+    write_mnist,
+)
 from gateway import Gateway
 
 README = (ROOT / "README.md").read_text()
@@ -115,7 +124,7 @@ def reader(tmp_path, request):
 
     from common import model
 
-    for name in (*SCRIPTS, "common", "tests", "requirements.txt"):
+    for name in (*SCRIPTS, "common", "scripts", "tests", "requirements.txt"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, tmp_path / name)
@@ -179,22 +188,23 @@ def test_the_test_command_is_what_ci_runs():
 def test_docstring_commands_are_those_of_the_readme():
     """Each script's docstring starts with commands; the flags in them exist."""
     count = 0
-    for script in SCRIPTS:
+    for script in SCRIPTS + FURTHER_SCRIPTS:
         parser = parser_of(script)
-        for line in re.findall(r"^    python (\S+\.py .*)$", parser.description, flags=re.M):
+        for line in re.findall(r"^    python (\S+\.py.*)$", parser.description, flags=re.M):
             name, *arguments = re.sub(r"<[^>]*>", "x", line).replace('"', "").split(" --")
             assert name.split()[0] == script
             flags = {f"--{argument.split()[0]}" for argument in arguments}
             assert flags <= set(parser._option_string_actions)
             count += 1
-    assert count == 8
+    assert count == 10
 
 
 # Flags
 
 
 def parser_of(script):
-    return importlib.import_module(script.removesuffix(".py")).build_parser()
+    name = script.removesuffix(".py").replace("/", ".")
+    return importlib.import_module(name).build_parser()
 
 
 def flags_in(text):
@@ -267,7 +277,8 @@ class Strings(ast.NodeVisitor):
 def test_troubleshooting_quotes_real_messages_and_all_of_them():
     rows = re.findall(r"^\| (`.*?) \|", section("Troubleshooting"), flags=re.MULTILINE)
     fragments = [fragment for row in rows for fragment in re.findall(r"`([^`]+)`", row)]
-    files = [ROOT / script for script in SCRIPTS] + sorted((ROOT / "common").glob("*.py"))
+    files = [ROOT / script for script in SCRIPTS + FURTHER_SCRIPTS]
+    files += sorted((ROOT / "common").glob("*.py"))
     texts = [text for path in files for text in Strings(path).found]
     assert len(fragments) >= 44
     for fragment in fragments:

@@ -8,12 +8,14 @@ import pytest
 from conftest import KEY, run, write_mnist
 from gateway import Gateway
 
+from common import failures
+
 SECONDS = 40  # importing torch and mlflow takes most of it on a busy machine
 
 
-def fails(script, *arguments, cwd, **variables):
+def fails(script, *arguments, cwd, code=1, **variables):
     """Run a script that must fail with a message and no traceback; return the message."""
-    finished = run(script, *arguments, cwd=cwd, code=1, timeout=SECONDS, **variables)
+    finished = run(script, *arguments, cwd=cwd, code=code, timeout=SECONDS, **variables)
     assert "Traceback" not in finished.err
     assert "\nhint:  " in finished.error
     return finished.error
@@ -34,129 +36,41 @@ def test_amsc_server_without_key(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_key_alone_chooses_the_amsc_server(tmp_path):
-    """There is no proxy at that port, so the request ends at once, on any machine."""
-    finished = run(
-        *("train_mnist_mlflow.py", "--dataset", "digits"),
-        cwd=tmp_path,
-        code=1,
-        AM_SC_API_KEY=KEY,
-        https_proxy="http://127.0.0.1:9",
-    )
-    first = finished.out.splitlines()[0]
-    assert first.startswith("tracking https://mlflow.american-science-cloud.org  (the AmSC server")
-    assert "X-Api-Key" in first
-    assert "the proxy on the way" in finished.error
-    assert KEY not in finished.out + finished.err
-
-
-def test_wrong_key(server, tmp_path):
-    with Gateway(server, KEY) as gateway:
-        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY="not-the-key")
-    assert "refuses the request" in error and "check the key" in error
-    assert "not-the-key" not in error
-    assert len(gateway.requests) == 1
-
-
-@pytest.mark.slow
-def test_no_key_where_one_is_needed(server, tmp_path):
-    with Gateway(server, KEY, deny=403) as gateway:
-        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
-    assert "refuses the request" in error and "export AM_SC_API_KEY" in error
-
-
-def test_login_page(server, tmp_path):
-    with Gateway(server, KEY, deny="login") as gateway:
-        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
-    assert "web page" in error and "AM_SC_API_KEY" in error
-    assert "Please sign in" not in error
-
-
-@pytest.mark.slow
-def test_redirect_is_not_followed(server, tmp_path):
-    with Gateway(server, KEY) as other, Gateway(server, KEY) as gateway:
-        gateway.answer = (307, {"Location": other.uri + "/"}, b"")
-        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY=KEY)
-        assert "redirects" in error
-        assert other.requests == []
-
-
-@pytest.mark.slow
-def test_web_server_that_is_no_mlflow(server, tmp_path):
-    with Gateway(server, KEY) as gateway:
-        gateway.answer = (404, {"Content-Type": "text/html"}, b"<html>not here</html>")
-        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
-    assert "no MLflow" in error
-
-
-@pytest.mark.slow
-def test_server_in_trouble(server, tmp_path):
-    with Gateway(server, KEY) as gateway:
-        gateway.answer = (503, {"Retry-After": "3600"}, b"down for maintenance")
-        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
-    assert "answers with an error" in error and "503" in error
-
-
 def test_server_not_there(tmp_path):
-    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    error = train(code=failures.NO_SERVER, cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert "no server answers at http://127.0.0.1:9" in error
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_unknown_host(tmp_path):
-    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI="https://no-such-host.invalid")
-    assert "is unknown" in error
-
-
-@pytest.mark.slow
-def test_server_that_never_answers(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=uri)
-    assert "did not answer within 6 s" in error
-
-
-def test_certificate_not_trusted(tls_server, tmp_path):
-    gateway, _ = tls_server
-    before = len(gateway.requests)
-    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri, AM_SC_API_KEY=KEY)
+def test_certificate_not_trusted(box, tmp_path):
+    variables = {"MLFLOW_TRACKING_URI": box.uri, "AM_SC_API_KEY": KEY}
+    error = train(code=failures.TLS, cwd=tmp_path, **variables)
     assert "no trusted TLS connection" in error and "--ca_bundle" in error
-    assert len(gateway.requests) == before
+    assert box.requests == []
 
 
 @pytest.mark.slow
-def test_empty_certificate_path_does_not_switch_verification_off(tls_server, tmp_path):
-    error = train(
-        cwd=tmp_path, MLFLOW_TRACKING_URI=tls_server[0].uri, MLFLOW_TRACKING_SERVER_CERT_PATH=""
-    )
+def test_empty_certificate_path_does_not_switch_verification_off(box, tmp_path):
+    variables = {"MLFLOW_TRACKING_URI": box.uri, "MLFLOW_TRACKING_SERVER_CERT_PATH": ""}
+    error = train(code=failures.TLS, cwd=tmp_path, **variables)
     assert "no trusted TLS connection" in error
 
 
 @pytest.mark.slow
-def test_https_to_a_plain_http_port(server, tmp_path):
-    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=server.replace("http:", "https:"))
-    assert "no trusted TLS connection" in error and "http://" in error
-
-
-@pytest.mark.slow
-def test_ca_bundle_that_is_none(tls_server, tmp_path):
-    gateway, _ = tls_server
+def test_ca_bundle_that_is_none(box, tmp_path):
     (tmp_path / "ca.pem").write_text("no certificate")
     for name in ("ca.pem", "missing.pem"):
-        error = train("--ca_bundle", name, cwd=tmp_path, MLFLOW_TRACKING_URI=gateway.uri)
+        error = train("--ca_bundle", name, cwd=tmp_path, MLFLOW_TRACKING_URI=box.uri)
         assert "no PEM certificates" in error and name in error
 
 
 @pytest.mark.slow
-def test_insecure_and_ca_bundle_contradict(tls_server, tmp_path):
-    gateway, ca_bundle = tls_server
+def test_insecure_and_ca_bundle_contradict(box, tls, tmp_path):
     error = train(
         "--ca_bundle",
-        ca_bundle,
+        tls[1],
         cwd=tmp_path,
-        MLFLOW_TRACKING_URI=gateway.uri,
+        MLFLOW_TRACKING_URI=box.uri,
         MLFLOW_TRACKING_INSECURE_TLS="true",
     )
     assert "contradicts" in error

@@ -66,7 +66,7 @@ def test_signal_while_the_server_is_away_ends_within_the_time_that_slurm_leaves(
         variables = {"MLFLOW_TRACKING_URI": gateway.uri, "AM_SC_API_KEY": KEY}
         with endless_training(tmp_path, **variables) as process:
             wait_for_line(process, "epoch 2/")
-            gateway.answer = (503, {}, b"away")
+            gateway.fault = (503, {}, b"away")
             time.sleep(5)
             process.send_signal(signal.SIGTERM)
             _, err = process.communicate(timeout=30)
