@@ -110,14 +110,16 @@ def _broken_connection(causes, text):
         return any(isinstance(cause, kinds) for cause in causes)
 
     address = _address()
-    if "at least one part" in text:  # of a multipart upload
+    # MLflow's words for a part that could not be sent, and for one that could not be fetched.
+    if way := re.search(r"Failed to (?:(upload) at least one part|download \d+ chunk)", text):
         host = re.search(r"host='([^']+)'|https?://([^/'\"]+)", text)
         host = f" {host[1] or host[2]}" if host else ""
+        variable = f"MLFLOW_ENABLE_PROXY_MULTIPART_{'UPLOAD' if way[1] else 'DOWNLOAD'}=false"
         return Failure(
             OBJECT_STORE,
-            f"the object store{host}, to which {address} sends large files, does not take them",
-            "can this machine reach it, and is the clock right? MLFLOW_ENABLE_PROXY_MULTIPART_"
-            "UPLOAD=false sends files through the server instead.",
+            f"the object store{host}, which {address} leaves large files to, does not do its part",
+            f"can this machine reach it, and is the clock right? With {variable} they go through "
+            "the server instead.",
         )
     if caused_by(requests.exceptions.ProxyError):
         return Failure(

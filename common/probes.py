@@ -149,16 +149,21 @@ def new_run(cleanup):
 
 
 def artifact(run, cleanup):
-    """Write a small file to the run, and read it back. Returns where it lies."""
+    """Write a small file to the run, and read it back, both through the server if it offers that.
+
+    Raises MlflowException if it comes back changed. `cleanup` deletes all files of the run.
+    """
     client = mlflow.MlflowClient()
     repository = get_artifact_repository(run.info.artifact_uri)
     client.log_text(run.info.run_id, "written", "check/file.txt")
     cleanup.callback(repository.delete_artifacts)
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _environment(MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD="false"),
+    ):
         path = client.download_artifacts(run.info.run_id, "check/file.txt", folder)
         if Path(path).read_text() != "written":
             raise mlflow.MlflowException("a file that was written comes back with other content")
-    return run.info.artifact_uri
 
 
 def body_limit(run):
@@ -183,10 +188,10 @@ def body_limit(run):
 
 
 def multipart(uri, run):
-    """Upload a file in two parts, past the gateway; return where they went, as "host:port".
+    """Upload a file in two parts, past the gateway, and fetch it back the same way.
 
-    None if the server does not offer that. Raises OSError if that host cannot be reached: MLflow
-    would wait for minutes.
+    Returns where the parts went, as "host:port", or None if the server does not offer that. Raises
+    OSError if that host cannot be reached: MLflow would try for minutes.
     """
     path = "/api/3.0/mlflow/server-info"
     info = http_request(get_default_host_creds(uri), path, "GET", timeout=10)
@@ -195,14 +200,20 @@ def multipart(uri, run):
     repository = get_artifact_repository(run.info.artifact_uri)
     upload = repository.create_multipart_upload("parts.bin", 1, "check")
     repository.abort_multipart_upload("parts.bin", upload.upload_id, "check")
-    store = urlsplit(upload.credentials[0].url)
-    port = store.port or {"https": 443}.get(store.scheme, 80)
-    if not proxy(upload.credentials[0].url):
-        connection(store.hostname, port)
+    host, port = first_hop(upload.credentials[0].url)
+    try:
+        connection(host, port)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{host}:{port}, where the parts go, cannot be reached: {reason}") from error
     part = mlflow.environment_variables.MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE.get()
     with _environment(MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE="1"):
         _upload(run, part + MB)
-    return f"{store.hostname}:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = mlflow.MlflowClient().download_artifacts(run.info.run_id, "check/zeros.bin", folder)
+        if os.path.getsize(path) != part + MB:
+            raise mlflow.MlflowException("a file that went in parts comes back with another size")
+    return f"{host}:{port}"
 
 
 def registered_model(run, cleanup):
@@ -220,7 +231,7 @@ def registered_model(run, cleanup):
 def _upload(run, size):
     """Upload a file of `size` bytes to the run; return the seconds it took."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "body.bin")
+        path = Path(folder, "zeros.bin")
         with path.open("wb") as file:
             file.truncate(size)  # zeros, which take no room here
         start = time.perf_counter()

@@ -118,6 +118,8 @@ class Gateway:
         response = connection.getresponse()
         content = response.read()
         kept = {k: v for k, v in response.getheaders() if k.lower() not in HOP_BY_HOP | {"date"}}
+        if method == "HEAD":  # an object store's answer to "how large is it?"
+            kept["Content-Length"] = response.getheader("Content-Length", "0")
         connection.close()
         return response.status, kept, content
 
@@ -160,7 +162,8 @@ class Gateway:
                 self.send_header("Date", formatdate(time.time() + gateway.clock_lead, usegmt=True))
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
+                if "Content-Length" not in headers:
+                    self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(content)

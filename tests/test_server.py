@@ -42,8 +42,6 @@ def test_train_register_and_infer(server, gateway, variables, tmp_path):
     first, second = trained.out.splitlines()[:2]
     words = "(from MLFLOW_TRACKING_URI; X-Api-Key from AM_SC_API_KEY)"
     assert first == f"tracking {gateway.uri}  {words}"
-        first == f"tracking {gateway.uri}  (from MLFLOW_TRACKING_URI; X-Api-Key from AM_SC_API_KEY)"
-    )
     run_id = trained.result["run_id"]
     assert second.endswith(f"/runs/{run_id}") and second.startswith(f"run      {run_id}")
     assert list(work.iterdir()) == []
