@@ -173,7 +173,7 @@ def _bad_answer(causes, text):
         return Failure(
             WEB_PAGE,
             f"{address} answers with a web page, not as an MLflow server: probably a login page",
-            f"check the key, and that the address is right and https ({_sent()}).",
+            f"check the key (sent: {_sent() or 'none'}), and that the address is right and https.",
         )
     if status is None:
         return None
@@ -184,16 +184,19 @@ def _bad_answer(causes, text):
             "use the address that it redirects to; often https:// in place of http://.",
         )
     if status == 401:
+        sent = _sent()
         return Failure(
             UNAUTHENTICATED,
-            f"{address} refuses the key: {text[-200:]}",
-            f"is it the right one, and still valid? ({_sent()}).",
+            f"{address} refuses access (error 401){_said(text)}",
+            f"is it the right key, and still valid? (sent: {sent})"
+            if sent
+            else "it wants a key, and none was sent: export AM_SC_API_KEY, and use https.",
         )
     if status == 403:
         return Failure(
             FORBIDDEN,
-            f"{address} forbids the request: {text[-200:]}",
-            f"ask those who run the server whether you may do this ({_sent()}).",
+            f"{address} forbids the request (error 403){_said(text)}",
+            f"ask those who run the server whether you may do this (sent: {_sent() or 'no key'}).",
         )
     if status == 404 and any(
         getattr(cause, "error_code", "") == "ENDPOINT_NOT_FOUND" for cause in causes
@@ -220,7 +223,7 @@ def _bad_answer(causes, text):
     if status >= 500:
         return Failure(
             SERVER_ERROR,
-            f"{address} answers with an error of its own ({status}): {text[-200:]}",
+            f"{address} answers with an error of its own (error {status}){_said(text)}",
             "ask those who run the server; its log says why.",
         )
     return None
@@ -260,13 +263,24 @@ def _reason(text):
     return re.sub(r"<[^>]*>:? ?", "", reason).strip("'\")( ")[:160]
 
 
+def _said(text):
+    """What the server wrote into its answer, unless that is a web page."""
+    found = re.search(
+        r"(?:Response (?:body|text)|PERMISSION_DENIED|UNAUTHENTICATED|INTERNAL_ERROR):\s*'?"
+        r"(?![<'])(\S[^']*)",
+        text,
+    )
+    return f", and says: {found[1].strip()[:150]}" if found else ""
+
+
 def _sent():
+    """What the server was shown, in words; nothing of its value."""
     sent = ["X-Api-Key"] if "X-Api-Key" in resolve_request_headers() else []
     if os.environ.get("MLFLOW_TRACKING_USERNAME"):
         sent.append("user and password")
     elif os.environ.get("MLFLOW_TRACKING_TOKEN"):
         sent.append("bearer token")
-    return "sent: " + (", ".join(sent) or "no credentials; see AM_SC_API_KEY")
+    return ", ".join(sent)
 
 
 def _address():

@@ -39,6 +39,7 @@ def main(argv=None):
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import contextlib
+    import re
     import signal
     from types import SimpleNamespace
 
@@ -79,7 +80,7 @@ def main(argv=None):
             failure = as_failure(error, code)
             failed.append(failure)
             finding = f"FAILED, exit code {failure.code}"
-        findings[name.lower().replace(" ", "_")] = finding
+        findings[re.sub(r"\W", "_", name.lower())] = finding
         print(f"{name:<11} {finding}", flush=True)
         if failure:
             print(failure, file=sys.stderr, flush=True)

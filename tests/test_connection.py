@@ -36,14 +36,14 @@ ARGUMENTS = {
 
 # (what goes wrong, exit code, words of the message)
 FAULTS = [
-    ("401", failures.UNAUTHENTICATED, "refuses the key"),
-    ("403", failures.FORBIDDEN, "forbids the request"),
+    ("401", failures.UNAUTHENTICATED, "refuses access (error 401)"),
+    ("403", failures.FORBIDDEN, "forbids the request (error 403)"),
     ("429", failures.TOO_MANY_REQUESTS, "too many requests (error 429)"),
-    ("500", failures.SERVER_ERROR, "an error of its own (500)"),
+    ("500", failures.SERVER_ERROR, "an error of its own (error 500)"),
     ("503", failures.UNAVAILABLE, "is not available (error 503)"),
     ("login", failures.WEB_PAGE, "answers with a web page"),
     ("redirect", failures.REDIRECT, "redirects to another address"),
-    ("echo", failures.FORBIDDEN, "forbids the request"),
+    ("echo", failures.FORBIDDEN, "forbids the request (error 403)"),
     ("hang", failures.TIMEOUT, "did not answer in time"),
     ("drop", failures.DROPPED, "dropped the connection halfway"),
     ("down", failures.NO_SERVER, "no server answers at"),
@@ -129,7 +129,7 @@ def artifact_put(method, path):
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
-        ("403", failures.FORBIDDEN, "forbids the request"),
+        ("403", failures.FORBIDDEN, "forbids the request (error 403)"),
         ("503", failures.UNAVAILABLE, "is not available (error 503)"),
         ("drop", failures.DROPPED, "dropped the connection halfway"),
         ("413", failures.TOO_LARGE, "Modify_artifact_location.py"),
@@ -350,7 +350,7 @@ def test_check_finds_all_well_and_cleans_up(box, box_variables, leftovers, serve
         ("/runs/create", 30, "run", False),
         ("/mlflow-artifacts/", 31, "artifact", False),
         ("/registered-models/", 32, "registry", True),
-        ("/experiments/delete", 33, "clean-up", True),
+        ("/experiments/delete", 33, "clean_up", True),
     ],
 )
 def test_check_of_each_permission(path, code, name, goes_on, box, box_variables, tmp_path):
@@ -358,7 +358,7 @@ def test_check_of_each_permission(path, code, name, goes_on, box, box_variables,
     box.body_limit = 1_500_000
     finished = run(CHECK, cwd=tmp_path, code=code, **box_variables)
     assert finished.result[name] == f"FAILED, exit code {code}"
-    assert "forbids the request" in finished.error
+    assert "forbids the request (error 403)" in finished.error
     assert ("multipart" in finished.result) == goes_on
     assert [value for value in finished.result.values() if "FAILED" in str(value)] == [
         f"FAILED, exit code {code}"

@@ -13,7 +13,6 @@ import sys
 import pytest
 from conftest import (
     FURTHER_SCRIPTS,
-    KEY,
     ROOT,
     SCRIPTS,
     clean_environment,
@@ -21,7 +20,6 @@ from conftest import (
     serving,
     write_mnist,
 )
-from gateway import Gateway
 
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -55,10 +53,13 @@ def bash_blocks():
 def shape(output):
     """What stays the same from run to run: the words of each line, the names in the JSON line."""
     lines = []
-    output = output[output.index("tracking ") :]  # pip has printed before it
-    for line in output.strip().splitlines():
+    start = re.search(r"^(tracking|API key) ", output, flags=re.MULTILINE).start()
+    for line in output[start:].strip().splitlines():  # pip has printed before that
         if line.startswith("{"):
             lines.append(list(json.loads(line)))
+            continue
+        if output[start:].startswith("API key"):  # findings about a machine
+            lines.append(line[:12])
             continue
         word = line.split()[0]
         if word in ("tracking", "run", "weights"):  # addresses and paths follow
@@ -74,7 +75,7 @@ class Reader:
 
     def __init__(self, folder, variables, stack):
         self.folder, self.stack = folder, stack
-        self.environment = clean_environment(**variables)
+        self.environment = clean_environment(HOME=str(folder), **variables)
         self.run_ids = {}
         self.port = free_port()
 
@@ -132,26 +133,23 @@ def reader(tmp_path, request):
     torch.save(model.MNISTCNN().state_dict(), tmp_path / "my_local_mnist_model.pth")
     with contextlib.ExitStack() as stack:
         variables = {}
-        if request.param == "gateway":
-            server = request.getfixturevalue("server")
-            with Gateway(server, KEY) as gateway:
-                variables = {"MLFLOW_TRACKING_URI": gateway.uri, "AM_SC_API_KEY": KEY}
-                yield Reader(tmp_path, variables, stack)
-                stack.close()
+        if request.param == "box":
+            yield Reader(tmp_path, request.getfixturevalue("box_variables"), stack)
         else:
             yield Reader(tmp_path, variables, stack)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", ["local", "gateway"], indirect=True)
+@pytest.mark.parametrize("reader", ["local", "box"], indirect=True)
 def test_every_command_runs_and_prints_what_is_shown(reader, request):
     """Nothing set up, as in the quickstart; and with only the two variables exported."""
-    remote = "gateway" in request.node.name
+    remote = "box" in request.node.name
     blocks = bash_blocks()
     compared, answered = 0, False
     for command, shown in blocks:
         needs_no_key = command.startswith(("mlflow ", "curl", 'python -c "import json'))
-        if command == TEST_COMMAND or (remote and needs_no_key):
+        needs_server = "check_connection" in command
+        if command == TEST_COMMAND or (needs_no_key if remote else needs_server):
             continue
         if re.search(r"^mlflow (ui|models serve)", command, flags=re.MULTILINE):
             reader.start(command)
@@ -164,8 +162,8 @@ def test_every_command_runs_and_prints_what_is_shown(reader, request):
             rows = json.loads(printed)["predictions"]
             assert [len(row) for row in rows] == [10, 10]
             answered = True
-    assert len(blocks) == 13
-    assert compared == 6
+    assert len(blocks) == 15
+    assert compared == (7 if remote else 6)
     assert answered or remote
 
 
@@ -259,11 +257,15 @@ def test_flags_and_defaults_are_those_of_the_parser(script):
 
 
 class Strings(ast.NodeVisitor):
-    """The strings in a file, with {} for each value that is filled in."""
+    """The strings in a syntax tree, with {} for each value that is filled in."""
 
-    def __init__(self, path):
+    def __init__(self, tree):
         self.found = []
-        self.visit(ast.parse(path.read_text()))
+        self.visit(tree)
+
+    @classmethod
+    def of(cls, tree):
+        return cls(tree).found
 
     def visit_JoinedStr(self, node):  # noqa: N802 (ast names it)
         parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]
@@ -275,12 +277,12 @@ class Strings(ast.NodeVisitor):
 
 
 def test_troubleshooting_quotes_real_messages_and_all_of_them():
-    rows = re.findall(r"^\| (`.*?) \|", section("Troubleshooting"), flags=re.MULTILINE)
+    rows = re.findall(r"^\| (?:\d+ \| )?(`.*?) \|", section("Troubleshooting"), flags=re.MULTILINE)
     fragments = [fragment for row in rows for fragment in re.findall(r"`([^`]+)`", row)]
     files = [ROOT / script for script in SCRIPTS + FURTHER_SCRIPTS]
     files += sorted((ROOT / "common").glob("*.py"))
-    texts = [text for path in files for text in Strings(path).found]
-    assert len(fragments) >= 44
+    texts = [text for path in files for text in Strings.of(ast.parse(path.read_text()))]
+    assert len(fragments) >= 65
     for fragment in fragments:
         assert any(fragment in text for text in texts), fragment
     # Some are put together from parts: "error: {}.". The parts are among the fragments.
@@ -288,6 +290,26 @@ def test_troubleshooting_quotes_real_messages_and_all_of_them():
     assert len(errors) >= 30
     for text in errors:
         assert any(fragment in text for fragment in fragments), text
+
+
+def test_exit_codes_are_those_of_the_code():
+    """Each code of a failing server is in the table, with the words of its message."""
+    rows = re.findall(r"^\| (\d\d) \| `([^`]+)` \|", section("Troubleshooting"), re.MULTILINE)
+    named = {}
+    for path in (ROOT / "common" / "failures.py", ROOT / "scripts" / "check_connection.py"):
+        constants = re.findall(r"^([A-Z_]+) = (\d\d)$", path.read_text(), re.MULTILINE)
+        named |= {int(value): name for name, value in constants}
+    assert [int(code) for code, _ in rows] == sorted(named)
+    assert len(rows) == 23
+    calls = {
+        node.args[0].id: "".join(Strings.of(node.args[1]))
+        for node in ast.walk(ast.parse((ROOT / "common" / "failures.py").read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Failure"
+    }
+    assert len(calls) == 16
+    for code, fragment in rows:
+        if named[int(code)] in calls:
+            assert fragment in calls[named[int(code)]]
 
 
 # Tree and pictures
