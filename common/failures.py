@@ -86,7 +86,7 @@ def without_secrets(text):
     secrets = [headers.get("X-Api-Key")]
     secrets += [os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("TOKEN", "PASSWORD")]
     for secret in filter(None, secrets):
-        text = text.replace(secret, "<secret>")
+        text = text.replace(secret.strip(), "<secret>")
     return text
 
 

@@ -6,6 +6,7 @@ Copy `certificate` if you only want to know who signed the certificate of a serv
 
 import contextlib
 import os
+import re
 import socket
 import ssl
 import statistics
@@ -28,6 +29,7 @@ from mlflow.utils.rest_utils import http_request, verify_rest_response
 MB = 1_000_000
 LARGEST_BODY = 64 * MB  # the search for the limit on request bodies ends there
 SLOW = 8  # seconds for one upload, after which no larger one is tried
+PROXY_VARIABLE = re.compile("(https?|all|no)_proxy", re.IGNORECASE)
 PATIENCE = 5  # seconds for a name, for a connection, for a handshake
 
 
@@ -38,6 +40,11 @@ def proxy(uri):
         return None
     parts = urlsplit(chosen if "://" in chosen else f"http://{chosen}")
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def proxy_variables():
+    """Return the names of the variables that say something about proxies, as they are set."""
+    return [name for name, value in os.environ.items() if PROXY_VARIABLE.fullmatch(name) and value]
 
 
 def first_hop(uri):

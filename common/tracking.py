@@ -78,7 +78,7 @@ def api_key():
 
     AM_SC_API_KEY_FILE names a file that is read each time; else AM_SC_API_KEY holds the key. Raises
     SystemExit if the file cannot be read or may be read by others, or if no header can carry the
-    key: MLflow would print it in its own message.
+    key.
     """
     name = "AM_SC_API_KEY_FILE"
     if path := os.environ.get(name, "").strip():
@@ -86,13 +86,18 @@ def api_key():
     else:
         name = "AM_SC_API_KEY"
         key = os.environ.get(name, "").strip()
-    if not key.isascii() or not key.isprintable() or " " in key:
+    _check_header(name, key)
+    return key, name
+
+
+def _check_header(name, value):
+    """Raise SystemExit if no header can carry the value: MLflow would print it in its message."""
+    if not value.isascii() or not value.isprintable() or " " in value:
         raise SystemExit(
             f"error: {name} holds a space, a line break or a letter outside ASCII: no header can "
             "carry it.\n"
             "hint:  set it again, in quotes, exactly as you were given it."
         )
-    return key, name
 
 
 def _read_key(path):
@@ -232,7 +237,10 @@ def credential(uri):
     unencrypted = "" if keeps_secrets(uri) else ", unencrypted"
     if os.environ.get("MLFLOW_TRACKING_USERNAME"):
         sent.append(f"user and password{unencrypted}")
-    elif os.environ.get("MLFLOW_TRACKING_TOKEN"):
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        # The line break that comes along from a file is no part of it.
+        os.environ["MLFLOW_TRACKING_TOKEN"] = token.strip()
+        _check_header("MLFLOW_TRACKING_TOKEN", token.strip())
         sent.append(f"bearer token{unencrypted}")
     if not sent and urlsplit(uri).hostname == urlsplit(AMSC_URI).hostname:
         raise SystemExit(
@@ -385,7 +393,16 @@ def ask_server(experiment=None):
 
     def ask():
         try:
-            answer.set_result(_find_experiment(experiment))
+            try:
+                found = _find_experiment(experiment)
+            except MlflowException as error:
+                # MLflow repeats what was refused for a moment, but not a 403, and gateways under
+                # load answer with that as well.
+                if error.error_code != "PERMISSION_DENIED":
+                    raise
+                time.sleep(1)
+                found = _find_experiment(experiment)
+            answer.set_result(found)
         except BaseException as error:  # noqa: BLE001 (handed over: `result` raises it again)
             answer.set_exception(error)
 

@@ -172,7 +172,8 @@ def ca_bundle(check):
 def proxy(check):
     from common import probes
 
-    return probes.proxy(check.uri) or "none for this address"
+    names = ", ".join(probes.proxy_variables()) or "no variable"
+    return f"{probes.proxy(check.uri) or 'none for this address'}  (set: {names})"
 
 
 def addresses(check):

@@ -110,12 +110,14 @@ def test_check_names_each_fault(fault, code, words, box, box_variables, tmp_path
 
 
 @pytest.mark.slow
-def test_short_trouble_is_waited_out(box, box_variables, tmp_path):
-    """Two 503s and then an answer: a batch job does not die of that."""
-    left = iter(range(2))
-    box.fault, box.fault_on = "503", lambda method, path: next(left, None) is not None
+@pytest.mark.parametrize(("fault", "times"), [("503", 2), ("403", 1)])
+def test_short_trouble_is_waited_out(fault, times, box, box_variables, tmp_path):
+    """And then an answer: a batch job does not die of that."""
+    left = iter(range(times))
+    box.fault, box.fault_on = fault, lambda method, path: next(left, None) is not None
+    box.body_limit = 1_500_000
     assert "granted" in run(CHECK, cwd=tmp_path, **box_variables).out
-    assert [r.status for r in box.requests[:3]] == [503, 503, 200]
+    assert [r.status for r in box.requests[: times + 1]] == times * [int(fault)] + [200]
 
 
 # Faults in the middle of the work
@@ -286,7 +288,7 @@ def test_bearer_token(box, box_variables, tmp_path):
     token = "bearer-token-0123456789"
     box.key, box.token = "another key", token
     del box_variables["AM_SC_API_KEY"]
-    variables = box_variables | {"MLFLOW_TRACKING_TOKEN": token}
+    variables = box_variables | {"MLFLOW_TRACKING_TOKEN": token + "\n"}
     finished = run("train_mnist_mlflow.py", "--dataset", "digits", cwd=tmp_path, **variables)
     assert finished.out.splitlines()[0].endswith("(from MLFLOW_TRACKING_URI; bearer token)")
     assert box.artifact_uploads()
@@ -296,6 +298,10 @@ def test_bearer_token(box, box_variables, tmp_path):
     refused = run(CHECK, cwd=tmp_path, code=failures.UNAUTHENTICATED, **variables)
     assert "sent: bearer token" in refused.error
     assert token not in finished.out + finished.err + refused.out + refused.err
+    variables["MLFLOW_TRACKING_TOKEN"] = token.replace("-", " ")
+    refused = run(CHECK, cwd=tmp_path, code=11, **variables)
+    assert "MLFLOW_TRACKING_TOKEN holds a space" in refused.error
+    assert "0123456789" not in refused.out + refused.err
 
 
 # The check's own findings
@@ -444,7 +450,7 @@ def test_through_a_proxy(box, box_variables, tmp_path):
         box.body_limit = 1_500_000
         finished = run(CHECK, cwd=tmp_path, **variables)
         proxy.shutdown()
-    assert finished.result["proxy"] == f"http://{address}"
+    assert finished.result["proxy"] == f"http://{address}  (set: https_proxy)"
     assert finished.result["tcp"].startswith(f"127.0.0.1 port {proxy.server_port}, ")
     assert "signed by Test Institute" in finished.result["tls"]
     assert "pa55word" not in finished.out + finished.err
