@@ -90,7 +90,8 @@ def write_maps(folder):
         with locked(folder):
             return  # no server of this machine runs in the folder
     except BlockingIOError:
-        os.kill(int((folder / "run" / "nginx.pid").read_text()), signal.SIGHUP)
+        with contextlib.suppress(FileNotFoundError):  # it is about to start, or to end
+            os.kill(int((folder / "run" / "nginx.pid").read_text()), signal.SIGHUP)
 
 
 def write_private(path, text):

@@ -10,6 +10,7 @@ certificate for the containers of compose.yaml instead, and starts nothing. See 
 """
 
 import argparse
+import contextlib
 import grp
 import os
 import pwd
@@ -85,6 +86,7 @@ def build_parser():
     start.add_argument(
         "--workers", type=int, default=2, help="processes of MLflow (default: %(default)s)"
     )
+    command("upgrade", "change the database's tables to those of the installed MLflow")
     for name, text in (("add-key", "make a key"), ("revoke-key", "make a key invalid")):
         command(name, f"{text}; a running server takes notice without a restart").add_argument(
             "name",
@@ -134,6 +136,8 @@ def main(argv=None):
             "SERVER_AUTHORITY": authority(args),
         }
         credentials.write_environments(args.folder, addresses)
+    elif args.command == "upgrade":
+        upgrade(args.folder)
     elif args.command == "add-key":
         credentials.add_key(args.folder, args.name)
     else:
@@ -141,39 +145,50 @@ def main(argv=None):
 
 
 def start(args):
-    for program in ("nginx", "postgres", "initdb", "openssl"):
+    for program in ("nginx", "postgres", "initdb"):
         need(program)
     for port in (args.port, args.store_port):
         check_port(args.listen, port)
     credentials.prepare(args.folder, args.host)
-    logs, sockets = args.folder / "logs", args.folder / "run"
-    for path in (logs, sockets):
-        path.mkdir(mode=0o700, exist_ok=True)
-    if AS_ROOT:  # nginx's workers have to reach MLflow's socket; other accounts must not
-        os.chown(sockets, 0, grp.getgrnam(GATEWAY_GROUP).gr_gid)
-        sockets.chmod(0o710)
+    with running(args.folder) as processes:
+        # In the order in which mistakes show the fastest.
+        start_nginx(args, processes)
+        if args.store:
+            check_store(args)
+        start_postgres(args.folder, processes)
+        start_mlflow(args, processes)
+        print_exports(args)
+        while True:
+            processes.check()
+            time.sleep(0.5)
 
+
+def upgrade(folder):
+    """Change the tables to what the MLflow that is now installed expects."""
+    credentials.keys_of(folder)
+    with running(folder) as processes:
+        start_postgres(folder, processes)
+        print(run([sys.executable, "-m", "mlflow", "db", "upgrade", database_uri(folder)]))
+
+
+@contextlib.contextmanager
+def running(folder):
+    """The one server of a folder: what is launched in here ends with it, also by Ctrl-C."""
+    for path in (folder / "logs", folder / "run"):
+        path.mkdir(mode=0o700, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        with credentials.locked(args.folder), Processes(args.folder, logs) as processes:
+        with credentials.locked(folder), Processes(folder, folder / "logs") as processes:
+            (folder / "run" / "nginx.pid").unlink(missing_ok=True)  # of one that was killed
             try:
-                # In the order in which mistakes show the fastest.
-                start_nginx(args, processes)
-                if args.store:
-                    check_store(args)
-                start_postgres(args, processes)
-                start_mlflow(args, processes)
-                print_exports(args)
-                while True:
-                    processes.check()
-                    time.sleep(0.5)
+                yield processes
             except KeyboardInterrupt:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_IGN)
                 print("stopping; what was stored stays", flush=True)
     except BlockingIOError:
         raise SystemExit(
-            f"error: a server runs in {args.folder} already.\nhint:  stop it first."
+            f"error: a server runs in {folder} already.\nhint:  stop it first."
         ) from None
 
 
@@ -192,6 +207,9 @@ def check_port(address, port):
 def start_nginx(args, processes):
     """Fill in the templates, have nginx check them, and wait until it refuses a keyless request."""
     run_folder = args.folder / "run"
+    if AS_ROOT:  # nginx's workers have to reach MLflow's socket; other accounts must not
+        os.chown(run_folder, 0, grp.getgrnam(GATEWAY_GROUP).gr_gid)
+        run_folder.chmod(0o710)
     values = {
         "GATEWAY_FOLDER": args.folder / "gateway",
         "GATEWAY_RUN": run_folder,
@@ -234,9 +252,9 @@ def check_store(args):
         ) from None
 
 
-def start_postgres(args, processes):
+def start_postgres(folder, processes):
     """PostgreSQL without a port: only a socket, in a folder of mode 0700."""
-    database, owner = args.folder / "database", {}
+    database, owner = folder / "database", {}
     database.mkdir(mode=0o700, exist_ok=True)
     if AS_ROOT:
         account = pwd.getpwnam(DATABASE_ACCOUNT)
@@ -291,6 +309,11 @@ def start_mlflow(args, processes):
         settings |= {"AWS_CA_BUNDLE": str(args.folder / "ca.pem")}
     processes.launch("mlflow", command, env=os.environ | settings)
     processes.wait_until(lambda: status_of(unix_socket(listening), "/health") == 200)
+
+
+def database_uri(folder):
+    # The driver is named, because which one is the default depends on SQLAlchemy's version.
+    return f"postgresql+psycopg2://mlflow@/mlflow?host={folder}/database"
 
 
 def authority(args):
