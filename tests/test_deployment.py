@@ -17,12 +17,17 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qsl
 
 import boto3
 import pytest
 import requests
 import werkzeug.serving
 import yaml
+from botocore.auth import S3SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 from conftest import ROOT, clean_environment, free_port, run
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
@@ -99,9 +104,9 @@ class Deployment:
             time.sleep(0.1)
 
     def stop(self):
-        """Stop it as Ctrl-C does."""
+        """Stop it as systemd does. (What a script starts in the background ignores SIGINT.)"""
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(timeout=60) == 0, self.printed
         assert self.processes() == []
 
@@ -151,14 +156,45 @@ class Silent(werkzeug.serving.WSGIRequestHandler):
         pass
 
 
+class Request(NamedTuple):
+    """What reached the store."""
+
+    method: str
+    path: str
+    size: int
+    key: str | None  # of the gateway, which should not come along
+    signed: bool  # by a presigned address that is valid for this host, path and query
+
+
+def is_signed(environ):
+    """Whether the address is a valid presigned one: moto takes any, so AWS's own code is asked."""
+    query = dict(parse_qsl(environ["QUERY_STRING"]))
+    if "X-Amz-Signature" not in query:
+        return False
+    signature = query.pop("X-Amz-Signature")
+    key = Credentials(AWS["AWS_ACCESS_KEY_ID"], AWS["AWS_SECRET_ACCESS_KEY"])
+    signer = S3SigV4QueryAuth(key, "s3", AWS["AWS_DEFAULT_REGION"], query["X-Amz-Expires"])
+    url = f"https://{environ['HTTP_HOST']}{environ['PATH_INFO']}"
+    request = AWSRequest(environ["REQUEST_METHOD"], url, params=query)
+    request.context["timestamp"] = query["X-Amz-Date"]
+    text = signer.string_to_sign(request, signer.canonical_request(request))
+    return signer.signature(text, request) == signature
+
+
 @pytest.fixture
 def store():
     """(a store's HOST:PORT, an S3 client of it, the requests that reach it)."""
     application, seen = DomainDispatcherApplication(create_backend_app), []
 
     def recorder(environ, start_response):
-        method, size = environ["REQUEST_METHOD"], int(environ.get("CONTENT_LENGTH") or 0)
-        seen.append((method, environ["PATH_INFO"], size, environ.get("HTTP_X_API_KEY")))
+        request = Request(
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"],
+            int(environ.get("CONTENT_LENGTH") or 0),
+            environ.get("HTTP_X_API_KEY"),
+            is_signed(environ),
+        )
+        seen.append(request)
         return application(environ, start_response)
 
     port = free_port()
@@ -191,7 +227,7 @@ def test_an_institutes_server(server_folder, store, tmp_path):
         check_no_second_server(deployment)
         check_backup(deployment, tmp_path)
         check_no_key_is_written_down(deployment, tmp_path)
-        assert {key for *_, key in seen} == {None}
+        assert {request.key for request in seen} == {None}
 
         deployment.stop()
         assert "Updating database tables" in serve("upgrade", "--folder", server_folder).out
@@ -290,8 +326,12 @@ def check_a_large_file_goes_in_parts(deployment, s3, seen, tmp_path):
     large.write_bytes(os.urandom(40_000_000))
     before = len(seen)
     run(script, ROOT, cwd=tmp_path, **deployment.variables)
-    parts = [size for method, path, size, _ in seen[before:] if method == "PUT"]
-    assert sorted(parts) == [40_000_000 - 3 * 10 * 1024**2] + 3 * [10 * 1024**2]
+    parts = [request for request in seen[before:] if request.method == "PUT"]
+    sizes = sorted(part.size for part in parts)
+    assert sizes == [40_000_000 - 3 * 10 * 1024**2] + 3 * [10 * 1024**2]
+    assert all(part.signed for part in parts)
+    downloads = [r.signed for r in seen[before:] if r.method == "GET" and "large.bin" in r.path]
+    assert downloads and all(downloads)
     created = r' admin \[\S+\] "POST /api/2.0/mlflow-artifacts/mpu/create/\S+" 200 '
     assert len(re.findall(created, deployment.log("access.log"))) == 1
     digest = hashlib.sha256(large.read_bytes()).hexdigest()
@@ -307,7 +347,7 @@ def check_a_large_file_goes_in_parts(deployment, s3, seen, tmp_path):
     store = deployment.uri.replace(str(deployment.port), str(deployment.store_port))
     key = {"X-Api-Key": deployment.key()}
     requests.get(f"{store}/{BUCKET}", headers=key, verify=deployment.folder / "ca.pem", timeout=60)
-    assert seen[-1] == ("GET", f"/{BUCKET}", 0, None)
+    assert seen[-1] == Request("GET", f"/{BUCKET}", 0, key=None, signed=False)
 
 
 def until(condition):
@@ -560,6 +600,52 @@ def test_mistakes_are_said_in_a_sentence(arguments, code, message, tmp_path):
     assert message in finished.error
     assert "Traceback" not in finished.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@needs_servers
+def test_what_reaches_mlflow(server_folder):
+    """nginx alone, in front of a socket on which something else than MLflow listens."""
+    seen = []
+
+    def recorder(environ, start_response):
+        seen.append(environ)
+        start_response("200 OK", [])
+        return [b"recorded"]
+
+    ports = ["--port", str(free_port()), "--store_port", str(free_port())]
+    words = ["start", "--folder", str(server_folder), *ports]
+    args = serve_module.build_parser().parse_args(words)
+    serve_module.credentials.prepare(args.folder, args.host)
+    for name in ("logs", "run"):
+        (server_folder / name).mkdir()
+    key = (server_folder / "keys" / "admin").read_text().strip()
+    with serve_module.Processes(server_folder, server_folder / "logs") as processes:
+        serve_module.start_nginx(args, processes)
+        path = server_folder / "run" / "mlflow.sock"
+        upstream = werkzeug.serving.make_server(
+            f"unix://{path}", 0, recorder, request_handler=Silent
+        )
+        path.chmod(0o666)  # as uvicorn does
+        thread = threading.Thread(target=upstream.serve_forever, daemon=True)
+        thread.start()
+        pretended = {"X-Forwarded-For": "10.1.2.3", "X-Forwarded-Proto": "http"}
+        for extra in ({"headers": {"X-Api-Key": key} | pretended}, {"auth": ("admin", key)}):
+            url, ca_bundle = f"https://127.0.0.1:{args.port}/a%20b?c=d", server_folder / "ca.pem"
+            answer = requests.get(url, verify=ca_bundle, timeout=60, **extra)
+            assert (answer.status_code, answer.text) == (200, "recorded")
+            environ = seen.pop()
+            assert key not in str(environ)
+            assert not {"HTTP_X_API_KEY", "HTTP_AUTHORIZATION"} & set(environ)
+            assert environ["HTTP_HOST"] == f"127.0.0.1:{args.port}"
+            assert environ["HTTP_X_FORWARDED_FOR"] == "127.0.0.1"
+            assert environ["HTTP_X_FORWARDED_PROTO"] == "https"
+            assert (environ["PATH_INFO"], environ["QUERY_STRING"]) == ("/a b", "c=d")
+        upstream.shutdown()
+        thread.join()
+    log = (server_folder / "logs" / "access.log").read_text()
+    assert len(re.findall(r'^127.0.0.1 admin \[\S+\] "GET /a b" 200 ', log, flags=re.M)) == 2
+    assert "c=d" not in log
 
 
 @pytest.mark.slow
