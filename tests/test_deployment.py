@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl
 import boto3
 import pytest
 import requests
+import trustme
 import werkzeug.serving
 import yaml
 from botocore.auth import S3SigV4QueryAuth
@@ -370,6 +371,11 @@ def check_keys_come_and_go(deployment):
     # The same key as a password: a browser, and the bare `mlflow` command.
     assert deployment.status(path="/", auth=("alice", key), headers={}) == 200
     assert deployment.status(path="/", auth=("admin", key), headers={}) == 401
+    # A page of another site cannot use what the browser remembers.
+    search = {"path": "/ajax-api/2.0/mlflow/experiments/search", "json": {"max_results": 1}}
+    for origin, answer in ((deployment.uri, 200), ("https://elsewhere.example.org", 403)):
+        browser = {"auth": ("alice", key), "headers": {"Origin": origin}}
+        assert deployment.status("POST", **search, **browser) == answer
     login = {"MLFLOW_TRACKING_USERNAME": "alice", "MLFLOW_TRACKING_PASSWORD": key}
     variables = deployment.variables | login | {"AM_SC_API_KEY": ""}
     command = [sys.executable, "-m", "mlflow", "experiments", "search"]
@@ -396,12 +402,17 @@ def check_no_second_server(deployment):
 
 
 def check_backup(deployment, tmp_path):
-    """The page's command, literally."""
+    """The page's two commands, literally; back into the server that they come from."""
     (command,) = re.findall(r"^ *(pg_dump .*)$", PAGE, flags=re.MULTILINE)
     command = command.replace("~/mlflow-server", str(deployment.folder))
     subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True)
     listed = subprocess.check_output(["pg_restore", "-l", tmp_path / "mlflow.dump"], text=True)
     assert listed.count("TABLE DATA") > 30
+    (command,) = re.findall(r"`(pg_restore -h .*?)`", PAGE)
+    command = command.replace("FOLDER", str(deployment.folder))
+    runs = deployment.sql("SELECT count(*) FROM runs")
+    subprocess.run(["bash", "-ec", command], cwd=tmp_path, check=True, timeout=60)
+    assert deployment.sql("SELECT count(*) FROM runs") == runs != "0"
 
 
 def check_no_key_is_written_down(deployment, tmp_path):
@@ -420,8 +431,16 @@ def check_no_key_is_written_down(deployment, tmp_path):
 
 @pytest.mark.slow
 @needs_servers
-def test_a_server_without_a_store_keeps_files_in_its_folder(server_folder, tmp_path):
+def test_a_server_without_a_store_and_with_an_institutes_certificate(server_folder):
+    authority, gateway = trustme.CA(), server_folder / "gateway"
+    certificate = authority.issue_cert("127.0.0.1")
+    gateway.mkdir(parents=True)
+    certificate.private_key_pem.write_to_path(gateway / "server.key")
+    for blob in certificate.cert_chain_pems:
+        blob.write_to_path(gateway / "server.pem", append=True)
+    authority.cert_pem.write_to_path(server_folder / "ca.pem")
     with Deployment(server_folder) as deployment:
+        assert not (server_folder / "ca.key").exists()
         path = "/api/2.0/mlflow-artifacts/artifacts/some/file.txt"
         assert deployment.status("PUT", path, key=deployment.key(), data=b"text") == 200
         assert (server_folder / "artifacts" / "some" / "file.txt").read_bytes() == b"text"
@@ -646,6 +665,17 @@ def test_what_reaches_mlflow(server_folder):
     log = (server_folder / "logs" / "access.log").read_text()
     assert len(re.findall(r'^127.0.0.1 admin \[\S+\] "GET /a b" 200 ', log, flags=re.M)) == 2
     assert "c=d" not in log
+
+
+@pytest.mark.slow
+@needs_servers
+def test_a_certificate_for_another_name_stops_the_start(server_folder):
+    serve("prepare", "--folder", server_folder, "--host", "one.example.org")
+    ports = ["--port", free_port(), "--store_port", free_port()]
+    other = ["--host", "other.example.org"]
+    error = serve("start", "--folder", server_folder, *ports, *other, code=1).error
+    assert "clients would refuse the certificate" in error and "mismatch" in error
+    assert Deployment(server_folder).processes() == []
 
 
 @pytest.mark.slow
