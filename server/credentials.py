@@ -38,7 +38,8 @@ def prepare(folder, host):
     """Make the folders, the certificate and the first key; leave alone what is there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("keys", "gateway"):
-        (folder / name).mkdir(mode=0o700, exist_ok=True)
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name).chmod(0o700)  # also if somebody made it, to put a certificate in
     make_certificate(folder, host)
     if not (folder / "gateway" / "keys.conf").exists():
         add_key(folder, "admin")

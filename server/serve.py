@@ -289,6 +289,8 @@ def start_mlflow(args, processes):
     """MLflow on a socket too, so that the gateway is the only way in on a shared machine."""
     listening = args.folder / "run" / "mlflow.sock"
     listening.unlink(missing_ok=True)
+    if not args.artifacts:  # nobody reads them past the gateway
+        (args.folder / "artifacts").mkdir(mode=0o700, exist_ok=True)
     command = [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--uvicorn-opts", f"--uds {shlex.quote(str(listening))}"),

@@ -446,8 +446,11 @@ def test_a_server_without_a_store_and_with_an_institutes_certificate(server_fold
         assert (server_folder / "artifacts" / "some" / "file.txt").read_bytes() == b"text"
         assert deployment.status(path=path, key=deployment.key()) == 200
         assert "REQUESTS_CA_BUNDLE" not in deployment.printed
-        (mode,) = {path.stat().st_mode & 0o077 for path in (server_folder / "keys").iterdir()}
-        assert mode == 0
+        # Another account of the machine gets at nothing but the certificate of the authority.
+        names = {"artifacts", "database", "gateway", "keys", "logs", "run"}
+        assert {path.name for path in server_folder.iterdir()} == names | {"ca.pem", "lock"}
+        for name in names:
+            assert (server_folder / name).stat().st_mode & 0o007 == 0, name
 
 
 # Without starting anything
