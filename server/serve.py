@@ -1,0 +1,343 @@
+"""Run a tracking server of your own: TLS, API keys, PostgreSQL, artifacts in S3 or a folder.
+
+    python server/serve.py start --folder ~/mlflow-server
+    python server/serve.py add-key alice --folder ~/mlflow-server
+    python server/serve.py revoke-key alice --folder ~/mlflow-server
+
+`start` runs nginx, PostgreSQL and MLflow until Ctrl-C, prints what a client exports, and keeps
+everything in the folder, where the next start finds it. `prepare` makes keys, passwords and
+certificate for the containers of compose.yaml instead, and starts nothing. See server/README.md.
+"""
+
+import argparse
+import contextlib
+import grp
+import os
+import pwd
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import credentials
+from processes import Processes, need, run, status_of, tls_socket, unix_socket
+
+HERE = Path(__file__).resolve().parent
+
+# Who runs what if root starts it: PostgreSQL refuses to run as root, nginx's workers should not.
+AS_ROOT = os.geteuid() == 0
+DATABASE_ACCOUNT, GATEWAY_GROUP = "postgres", "www-data"
+
+MLFLOW_SETTINGS = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that tracking has no use for
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path",  # HOST/BUCKET: one name, one certificate
+}
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, text):
+        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        one.add_argument("--folder", type=folder, required=True, help="everything lies in here")
+        return one
+
+    start = command("start", "run the server until Ctrl-C")
+    for one in (start, command("prepare", "make keys, passwords, certificate for compose.yaml")):
+        one.add_argument(
+            "--host", default="127.0.0.1", help="name that clients use (default: %(default)s)"
+        )
+        one.add_argument(
+            "--port", type=int, default=8443, help="of the tracking server (default: %(default)s)"
+        )
+        one.add_argument(
+            "--store_port",
+            type=int,
+            default=8444,
+            help="where clients reach the object store (default: %(default)s)",
+        )
+    start.add_argument(
+        "--listen",
+        default="127.0.0.1",
+        help="address to listen on, 0.0.0.0 for all (default: %(default)s)",
+    )
+    start.add_argument(
+        "--artifacts",
+        type=matching(r"s3://[a-z0-9][a-z0-9.-]{2,62}(/.*)?", "s3://BUCKET or s3://BUCKET/PATH"),
+        metavar="S3_URI",
+        help="s3://BUCKET[/PATH] in the object store (default: the folder artifacts/)",
+    )
+    start.add_argument(
+        "--store",
+        type=matching(r"[\w.-]+:\d{1,5}", "HOST:PORT"),
+        metavar="HOST:PORT",
+        help="where the S3-compatible object store listens, in plain http: nginx brings the TLS",
+    )
+    start.add_argument(
+        "--workers", type=int, default=2, help="processes of MLflow (default: %(default)s)"
+    )
+    command("upgrade", "change the database's tables to those of the installed MLflow")
+    for name, text in (("add-key", "make a key"), ("revoke-key", "make a key invalid")):
+        command(name, f"{text}; a running server takes notice without a restart").add_argument(
+            "name",
+            type=matching(
+                r"[A-Za-z0-9][A-Za-z0-9._@-]{0,31}", "up to 32 letters, digits and any of . _ @ -"
+            ),
+            help="whose key: a person, a project, a machine",
+        )
+    return parser
+
+
+def matching(pattern, words):
+    """Return an argument type: a text of that pattern."""
+
+    def parse(text):
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"must be {words}, not {text!r}")
+        return text
+
+    return parse
+
+
+def folder(text):
+    """Argument type: a path that nginx's files can hold, short enough for the sockets in it."""
+    path = Path(text).expanduser().absolute()
+    if re.search(r"[\s\"';{}$\\]", str(path)):
+        raise argparse.ArgumentTypeError(f"must not hold blanks, quotes or any of ;{{}}$\\: {path}")
+    if len(os.fsencode(path / "database" / ".s.PGSQL.5432")) > 107:  # the kernel's limit
+        raise argparse.ArgumentTypeError(f"is too long a path for sockets: {path}")
+    return path
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command == "start":
+        if bool(args.artifacts) != bool(args.store):
+            parser.error("--artifacts and --store go together: the bucket, and where its store is")
+        start(args)
+    elif args.command == "prepare":
+        credentials.prepare(args.folder, args.host)
+        addresses = {
+            "SERVER_FOLDER": args.folder,
+            "SERVER_HOST": args.host,
+            "SERVER_PORT": args.port,
+            "SERVER_STORE_PORT": args.store_port,
+            "SERVER_AUTHORITY": authority(args),
+        }
+        credentials.write_environments(args.folder, addresses)
+    elif args.command == "upgrade":
+        upgrade(args.folder)
+    elif args.command == "add-key":
+        credentials.add_key(args.folder, args.name)
+    else:
+        credentials.revoke_key(args.folder, args.name)
+
+
+def start(args):
+    for program in ("nginx", "postgres", "initdb"):
+        need(program)
+    for port in (args.port, args.store_port):
+        check_port(args.listen, port)
+    credentials.prepare(args.folder, args.host)
+    with running(args.folder) as processes:
+        # In the order in which mistakes show the fastest.
+        start_nginx(args, processes)
+        if args.store:
+            check_store(args)
+        start_postgres(args.folder, processes)
+        start_mlflow(args, processes)
+        print_exports(args)
+        while True:
+            processes.check()
+            time.sleep(0.5)
+
+
+def upgrade(folder):
+    """Change the tables to what the MLflow that is now installed expects."""
+    credentials.keys_of(folder)
+    with running(folder) as processes:
+        start_postgres(folder, processes)
+        print(run([sys.executable, "-m", "mlflow", "db", "upgrade", database_uri(folder)]))
+
+
+@contextlib.contextmanager
+def running(folder):
+    """The one server of a folder: what is launched in here ends with it, also by Ctrl-C."""
+    for path in (folder / "logs", folder / "run"):
+        path.mkdir(mode=0o700, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        with credentials.locked(folder), Processes(folder, folder / "logs") as processes:
+            (folder / "run" / "nginx.pid").unlink(missing_ok=True)  # of one that was killed
+            try:
+                yield processes
+            except KeyboardInterrupt:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_IGN)
+                print("stopping; what was stored stays", flush=True)
+    except BlockingIOError:
+        raise SystemExit(
+            f"error: a server runs in {folder} already.\nhint:  stop it first."
+        ) from None
+
+
+def check_port(address, port):
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nginx does
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise SystemExit(
+                f"error: {address}:{port} cannot be listened on: {error.strerror}.\n"
+                "hint:  choose other --port, --store_port or --listen."
+            ) from None
+
+
+def start_nginx(args, processes):
+    """Fill in the templates, have nginx check them, and wait until it refuses a keyless request."""
+    run_folder = args.folder / "run"
+    if AS_ROOT:  # nginx's workers have to reach MLflow's socket; other accounts must not
+        os.chown(run_folder, 0, grp.getgrnam(GATEWAY_GROUP).gr_gid)
+        run_folder.chmod(0o710)
+    values = {
+        "GATEWAY_FOLDER": args.folder / "gateway",
+        "GATEWAY_RUN": run_folder,
+        "GATEWAY_LOGS": args.folder / "logs",
+        "GATEWAY_LISTEN": f"{args.listen}:{args.port}",
+        "GATEWAY_MLFLOW": f"unix:{run_folder}/mlflow.sock",
+        "GATEWAY_STORE_LISTEN": f"{args.listen}:{args.store_port}",
+        "GATEWAY_STORE": args.store,
+    }
+    (run_folder / "store.conf").unlink(missing_ok=True)
+    for name in ["nginx.conf", "store.conf"] if args.store else ["nginx.conf"]:
+        text = (HERE / f"{name}.template").read_text()
+        # As envsubst does it for the names it is told: nginx's own $variables stay.
+        text = re.sub(r"\$\{(GATEWAY_\w+)\}", lambda match: str(values[match[1]]), text)
+        (run_folder / name).write_text(text)
+
+    user = f" user {GATEWAY_GROUP};" if AS_ROOT else ""
+    nginx = [need("nginx"), "-e", args.folder / "logs" / "error.log"]
+    nginx += ["-c", run_folder / "nginx.conf", "-g", f"daemon off;{user}"]
+    run([*nginx, "-t"])
+    processes.launch("nginx", nginx)
+    address = "127.0.0.1" if args.listen == "0.0.0.0" else args.listen
+    connection = (address, args.port, args.host, args.folder / "ca.pem")
+    processes.wait_until(lambda: status_of(tls_socket(*connection), "/health") == 401)
+
+
+def check_store(args):
+    """Reach the bucket as MLflow will: by its public address, with the credentials at hand."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    store = boto3.client("s3", endpoint_url=store_uri(args), verify=str(args.folder / "ca.pem"))
+    bucket = args.artifacts.split("/")[2]
+    try:
+        store.head_bucket(Bucket=bucket)
+    except (BotoCoreError, ClientError) as error:
+        raise SystemExit(
+            f"error: the bucket {bucket} cannot be reached at {store_uri(args)}: {error}.\n"
+            "hint:  it must exist, and AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY must open it."
+        ) from None
+
+
+def start_postgres(folder, processes):
+    """PostgreSQL without a port: only a socket, in a folder of mode 0700."""
+    database, owner = folder / "database", {}
+    database.mkdir(mode=0o700, exist_ok=True)
+    if AS_ROOT:
+        account = pwd.getpwnam(DATABASE_ACCOUNT)
+        os.chown(database, account.pw_uid, account.pw_gid)
+        owner = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+        if subprocess.run(["test", "-x", database], **owner).returncode:
+            raise SystemExit(
+                f"error: the account {DATABASE_ACCOUNT}, which runs PostgreSQL if root starts it, "
+                f"cannot enter {database}.\n"
+                "hint:  choose a --folder that others may pass through, or start it as a user."
+            )
+    if not (database / "PG_VERSION").exists():
+        # "trust" concerns the socket: whoever gets into the folder could read the files anyway.
+        initdb = [need("initdb"), "-D", database, "-U", "postgres", "--auth-local=trust"]
+        initdb += ["--auth-host=reject", "--encoding=UTF8", "--locale=C", "--no-instructions"]
+        run(initdb, cwd=database, **owner)
+    processes.launch(
+        "postgres",
+        [need("postgres"), "-D", database, "-k", database, "-c", "listen_addresses="],
+        stop_by=signal.SIGINT,  # "fast": sessions end, what was committed stays
+        **owner,
+    )
+    ready = [need("pg_isready"), "-q", "-h", database]
+    processes.wait_until(lambda: subprocess.run(ready).returncode == 0)
+    psql = [need("psql"), "-h", database, "-U", "postgres", "-d", "postgres", "-tAc"]
+    if not run([*psql, "SELECT 1 FROM pg_database WHERE datname = 'mlflow'"]):
+        run([*psql, "CREATE ROLE mlflow LOGIN"])
+        run([*psql, "CREATE DATABASE mlflow OWNER mlflow"])
+
+
+def start_mlflow(args, processes):
+    """MLflow on a socket too, so that the gateway is the only way in on a shared machine."""
+    listening = args.folder / "run" / "mlflow.sock"
+    listening.unlink(missing_ok=True)
+    if not args.artifacts:  # nobody reads them past the gateway
+        (args.folder / "artifacts").mkdir(mode=0o700, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--uvicorn-opts", f"--uds {shlex.quote(str(listening))}"),
+        *("--workers", args.workers),
+        # The driver is named: which one is the default depends on the version of SQLAlchemy.
+        *(
+            "--backend-store-uri",
+            f"postgresql+psycopg2://mlflow@/mlflow?host={args.folder}/database",
+        ),
+        *("--artifacts-destination", args.artifacts or args.folder / "artifacts"),
+        *("--allowed-hosts", authority(args)),
+        *("--cors-allowed-origins", f"https://{authority(args)}"),
+    ]
+    settings = dict(MLFLOW_SETTINGS)
+    if args.store:
+        # MLflow signs addresses for clients and goes to the store itself, by this one address.
+        settings |= {"MLFLOW_S3_ENDPOINT_URL": store_uri(args)}
+        settings |= {"AWS_CA_BUNDLE": str(args.folder / "ca.pem")}
+    processes.launch("mlflow", command, env=os.environ | settings)
+    processes.wait_until(lambda: status_of(unix_socket(listening), "/health") == 200)
+
+
+def database_uri(folder):
+    # The driver is named, because which one is the default depends on SQLAlchemy's version.
+    return f"postgresql+psycopg2://mlflow@/mlflow?host={folder}/database"
+
+
+def authority(args):
+    """HOST:PORT as a client's Host header has it."""
+    return args.host if args.port == 443 else f"{args.host}:{args.port}"
+
+
+def store_uri(args):
+    return f"https://{args.host}:{args.store_port}"
+
+
+def print_exports(args):
+    """What a client exports. The key is not printed: what a terminal shows ends up in a log."""
+    print(f"server   https://{authority(args)}  artifacts {args.artifacts or 'in the folder'}\n")
+    print(f"export MLFLOW_TRACKING_URI=https://{authority(args)}")
+    print(f"export MLFLOW_TRACKING_SERVER_CERT_PATH={args.folder}/ca.pem")
+    print(f'export AM_SC_API_KEY="$(cat {args.folder}/keys/admin)"')
+    if args.store:  # large files go there in parts, by `requests`, which looks at this variable
+        print(f"export REQUESTS_CA_BUNDLE={args.folder}/ca.pem")
+        print("export MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE=10000000")
+    print("\nThose are for a client on this machine. Ctrl-C stops the server.", flush=True)
+
+
+if __name__ == "__main__":
+    main()
