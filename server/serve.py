@@ -295,11 +295,7 @@ def start_mlflow(args, processes):
         *(sys.executable, "-m", "mlflow", "server"),
         *("--uvicorn-opts", f"--uds {shlex.quote(str(listening))}"),
         *("--workers", args.workers),
-        # The driver is named: which one is the default depends on the version of SQLAlchemy.
-        *(
-            "--backend-store-uri",
-            f"postgresql+psycopg2://mlflow@/mlflow?host={args.folder}/database",
-        ),
+        *("--backend-store-uri", database_uri(args.folder)),
         *("--artifacts-destination", args.artifacts or args.folder / "artifacts"),
         *("--allowed-hosts", authority(args)),
         *("--cors-allowed-origins", f"https://{authority(args)}"),
@@ -332,10 +328,9 @@ def print_exports(args):
     print(f"server   https://{authority(args)}  artifacts {args.artifacts or 'in the folder'}\n")
     print(f"export MLFLOW_TRACKING_URI=https://{authority(args)}")
     print(f"export MLFLOW_TRACKING_SERVER_CERT_PATH={args.folder}/ca.pem")
-    print(f'export AM_SC_API_KEY="$(cat {args.folder}/keys/admin)"')
-    if args.store:  # large files go there in parts, by `requests`, which looks at this variable
+    print(f"export AM_SC_API_KEY_FILE={args.folder}/keys/admin")
+    if args.store:  # large files go there by `requests`, which looks at this variable
         print(f"export REQUESTS_CA_BUNDLE={args.folder}/ca.pem")
-        print("export MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE=10000000")
     print("\nThose are for a client on this machine. Ctrl-C stops the server.", flush=True)
 
 
