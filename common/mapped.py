@@ -83,7 +83,8 @@ def load(build, path):
             "hint:  is that filesystem mounted on this machine, and may you read it?"
         ) from error
     except NOT_MAPPABLE as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = reason.strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
         advice = (
             "mlflow.pytorch.load_model reads what another PyTorch wrote, if you trust its author, "
             "and Modify_artifact_location.py writes models that can be mapped."

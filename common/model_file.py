@@ -85,7 +85,8 @@ def _checked(tags, location=None, default=None):
             f"error: there is no model at {file.path}, where the tracking server says it is: "
             f"{error.strerror}. {origin}\n"
             "hint:  is that filesystem mounted on this machine, and may you read it? A purge "
-            "policy may have removed it, too."
+            "policy may have removed it, too. A model in MLflow's older pickle format has no such "
+            "file: register_and_inference.py takes it."
         ) from error
     if file.size not in (None, size):
         raise SystemExit(

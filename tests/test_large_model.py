@@ -327,3 +327,22 @@ def test_failed_write_leaves_nothing_that_looks_finished(tmp_path):
     written = files(target)
     assert any(name.endswith("confusion_matrix.png") for name in written)
     assert not [name for name in written if name.startswith("models/")]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_counts_no_byte(tmp_path):
+    """Small, for what does not depend on the size: what goes over the network and into TMPDIR."""
+    finished = run(
+        *("benchmarks/zero_copy.py", "--sizes", 0.002, "--repeats", 1, "--folder", tmp_path),
+        cwd=tmp_path,
+    )
+    rows = [
+        line.split(" | ") for line in finished.out.splitlines() if line.startswith("| 0.002 GB")
+    ]
+    ways = {row[1]: row for row in rows}
+    assert len(rows) == len(ways) == 9
+    assert ways["log_model, to a shared folder"][6] == "2.1 MB"
+    assert ways["this project"][6] == "0 B"
+    assert ways["load_model, through the server"][4:6] == ["2.1 MB", "2.1 MB"]
+    assert ways["this project, by path"][4:6] == ["0 B", "0 B"]
+    assert list(tmp_path.iterdir()) == []
