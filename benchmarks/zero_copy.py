@@ -54,6 +54,7 @@ def main():
         "--repeats", type=int, default=3, help="writes of each kind (default: %(default)s)"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is removed
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     print(f"machine  {platform.node()}, {os.cpu_count()} cores, {processor()}", flush=True)
