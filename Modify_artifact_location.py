@@ -3,8 +3,9 @@
     python Modify_artifact_location.py --epochs 5 --phase development --target_path <shared folder>
 
 Metadata goes to the tracking server; the model and the plots are written once, straight to
---target_path, and no byte of them travels to the server. You will see the path of the model, and a
-JSON object as the last line. In the MLflow UI, the run's artifact location is that folder.
+--target_path, and no byte of them travels to the server. You will see the path of the model, what
+it took to write it, and a JSON object as the last line. In the MLflow UI, the run's artifact
+location is that folder, and the model has its size and SHA-256 as tags.
 """
 
 from common import cli
@@ -86,9 +87,12 @@ def main(argv=None):
     import torch
 
     from common import (
+        archive,
         data,
         failures,
+        mapped,
         model,
+        model_file,
         plots,
         predictions,
         provenance,
@@ -109,6 +113,7 @@ def main(argv=None):
     device = training.best_device()
     torch.manual_seed(args.seed)
     network = model.MNISTCNN().to(device)
+    shared_storage.check_space(folder, network)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
     order = torch.Generator().manual_seed(args.seed)
     images, labels = train.images.to(device), train.labels.to(device)
@@ -205,32 +210,32 @@ def main(argv=None):
         mlflow.log_dict(
             predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
         )
-        logged, path = save_model_once(network, test.images, args.epochs)
-        print(f"model    {path}", flush=True)
-    model_uri = f"models:/{logged.model_id}"
+        model_uri, file = save_model_once(network, test.images, args.epochs)
+        shared_storage.open_to_group(shared_storage.path_of(run.info.artifact_uri).parent)
     result = {
         "run_id": run_id,
         "model_uri": model_uri,
-        "model_path": str(path),
+        "model_path": str(file.path),
         "train_loss": loss,
         "val_accuracy": scores.accuracy,
     }
 
     # 3. Check, register, promote.
     if args.register:
-        loaded = mlflow.pytorch.load_model(str(path))
+        loaded = mapped.load(model.MNISTCNN, file.path)
         stored = training.evaluate(loaded, test.images, test.labels)
         predictions.check(mlflow.get_run(run_id), test, stored)
 
         # [MLflow 10] register_model: a new version under "Models"; it points at the path.
-        version = mlflow.register_model(model_uri, args.model_name)
+        version = mlflow.register_model(model_uri, args.model_name, tags=file.tags)
         # [MLflow 11] set_registered_model_alias: @production now means this version, for everyone.
         mlflow.MlflowClient().set_registered_model_alias(args.model_name, ALIAS, version.version)
         print(f"model    {args.model_name} version {version.version}  alias {ALIAS}", flush=True)
 
-        # [MLflow 12] load_model: from the path that the alias stands for; nothing is copied.
-        alias_path = shared_storage.path_of_alias(args.model_name, ALIAS)
-        production = mlflow.pytorch.load_model(str(alias_path))
+        # Load it as a program does that knows no more than the alias: from the path, into memory.
+        production = mapped.load(
+            model.MNISTCNN, model_file.of_alias(args.model_name, ALIAS, archive.MODEL_FILE).path
+        )
         loaded_scores = training.evaluate(production, test.images, test.labels)
         predictions.report(test, loaded_scores, f"models:/{args.model_name}@{ALIAS}")
         result |= {
@@ -243,20 +248,25 @@ def main(argv=None):
 
 
 def save_model_once(network, images, step):
-    """Write the model straight to its final folder, and return (its LoggedModel, that folder).
+    """Write the model straight to its final folder, and return (its address, its file).
 
     `log_model` would write it to TMPDIR first, which is memory on many compute nodes, and copy it.
     A model that could not be written whole is marked FAILED, and its files are removed.
     """
-    import shutil
-
     import mlflow
+    import torch
 
-    from common import model, shared_storage
+    from common import archive, cost, model, model_file, shared_storage
+
+    example = model.input_example(images)
+    with torch.inference_mode():
+        signature = mlflow.models.infer_signature(
+            example, network(torch.from_numpy(example)).numpy()
+        )
 
     # [MLflow 14] initialize_logged_model: its id, and with it the folder, before a byte is written.
     logged = mlflow.initialize_logged_model(name="model")
-    path = shared_storage.new_path(logged.artifact_location)
+    path = shared_storage.path_of(logged.artifact_location)
     description = mlflow.models.Model(
         artifact_path=logged.artifact_location,
         run_id=logged.source_run_id,
@@ -264,22 +274,32 @@ def save_model_once(network, images, step):
         model_id=logged.model_id,
     )
     try:
-        # [MLflow 15] save_model: what log_model does, without the upload.
-        mlflow.pytorch.save_model(
-            network,
-            path=path,
-            mlflow_model=description,
-            input_example=model.input_example(images),
-            pip_requirements=model.pip_requirements(),
-        )
+        with cost.measured() as written, shared_storage.staged(path) as folder:
+            # [MLflow 15] save_model: what log_model does, without the upload; here, also without
+            # the weights, which follow at the speed of the disk.
+            mlflow.pytorch.save_model(
+                archive.without_weights(network),
+                path=folder,
+                mlflow_model=description,
+                input_example=example,
+                signature=signature,
+                pip_requirements=model.pip_requirements(),
+            )
+            sha256 = archive.write_weights(folder / archive.MODEL_FILE, network.state_dict())
+            description.model_size_bytes = shared_storage.size_of(folder)
+            description.save(folder / "MLmodel")
     except BaseException:  # a signal, too
-        shutil.rmtree(path, ignore_errors=True)
         mlflow.finalize_logged_model(logged.model_id, "FAILED")
         raise
-    # [MLflow 16] finalize_logged_model, log_outputs: READY, and linked from the run's page.
+    file = model_file.recorded(path / archive.MODEL_FILE, sha256)
+    # [MLflow 16] finalize_logged_model, log_outputs: READY, and linked from the run's page. The
+    # tags say which file it is; colleagues and later jobs check the file against them.
+    mlflow.set_logged_model_tags(logged.model_id, file.tags)
     mlflow.finalize_logged_model(logged.model_id, "READY")
     mlflow.log_outputs([mlflow.entities.LoggedModelOutput(logged.model_id, step=step)])
-    return logged, path
+    print(f"model    {file.path}", flush=True)
+    mlflow.log_metrics(written.report("write", file.size))
+    return f"models:/{logged.model_id}", file
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python upload_external_model.py --model_path my_local_mnist_model.pth
     python upload_external_model.py --model_path model.pth --model_name MNIST_CNN --alias candidate
+    python upload_external_model.py --model_path <weights on a shared filesystem> --in_place
 
 The file holds a state dict (`torch.save(model.state_dict(), path)`, or safetensors) of the network
-in common/model.py; no code in it is run. You will see its accuracy on the test set, the model's
-address, and a JSON object as the last line. In the MLflow UI it is a run of the experiment
-mnist_cnn_pytorch.
+in common/model.py; no code in it is run. With --in_place it stays where it is, and only its path,
+size and SHA-256 are logged. You will see its accuracy on the test set,
+the model's address, and a JSON object as the last line. In the MLflow UI it is a run of the
+experiment mnist_cnn_pytorch.
 """
 
 from pathlib import Path
@@ -22,7 +24,13 @@ def build_parser():
         "--model_path",
         type=cli.not_empty,
         required=True,
-        help="the weights: a .pth, .pt or .safetensors file",
+        help="the weights: a .pth, .pt or .safetensors file; with --in_place, .pt2 as well",
+    )
+    parser.add_argument(
+        "--in_place",
+        action="store_true",
+        help="leave the file where it is, on a shared filesystem, and log where that is (default: "
+        "log a copy)",
     )
     parser.add_argument(
         "--model_name",
@@ -47,15 +55,19 @@ def main(argv=None):
         parser.error("--alias needs --model_name: an alias belongs to a registered model")
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
-    import hashlib
+    import os
     import tempfile
 
     import mlflow
 
     from common import (
+        archive,
+        cost,
         data,
         failures,
+        mapped,
         model,
+        model_file,
         plots,
         predictions,
         provenance,
@@ -66,13 +78,19 @@ def main(argv=None):
     )
 
     # 1. Read the weights, connect, score: whatever is wrong shows before anything is logged.
-    path = Path(args.model_path)
-    network = model.MNISTCNN().eval()
-    weights.load(network, path)
     failures.explain()
+    path = Path(args.model_path)
+    if args.in_place:
+        path = Path(os.path.abspath(path))
+        with cost.measured() as loading:
+            network = mapped.load(model.MNISTCNN, path)
+    else:
+        network = model.MNISTCNN().eval()
+        weights.load(network, path)
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     test = data.load(args.dataset, args.data_dir, train=False)
     scores = training.evaluate(network, test.images, test.labels)
+    file = model_file.recorded(path, model_file.sha256(path))
     print(f"weights  {path}  val_accuracy {scores.accuracy:.4f} on {args.dataset}", flush=True)
 
     # 2. Log the model, in a run of its own. [MLflow 1] set_experiment: the run joins the others of
@@ -99,7 +117,7 @@ def main(argv=None):
                 "model.type": "Computer Vision",
                 "model.class": type(network).__name__,
                 "source.file": path.name,
-                "source.sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "source.sha256": file.sha256,
                 **provenance.git_tags(__file__),
                 **provenance.job_tags(),
             }
@@ -122,27 +140,42 @@ def main(argv=None):
         mlflow.log_dict(
             predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
         )
-        # [MLflow 9] log_model: from here on it is a model like any that was trained here.
-        logged = mlflow.pytorch.log_model(
-            network,
-            name="model",
-            input_example=model.input_example(test.images),
-            pip_requirements=model.pip_requirements(),
-        )
+        if args.in_place:
+            # [MLflow 17] create_external_model: a model whose files MLflow does not keep. It is
+            # listed, compared and registered as any other; the tags say where its file is.
+            logged = mlflow.create_external_model(name="model", tags=file.tags)
+            mlflow.log_outputs([mlflow.entities.LoggedModelOutput(logged.model_id, step=0)])
+            mlflow.log_metrics(loading.report("load", file.size))
+        else:
+            # [MLflow 9] log_model: from here on it is a model like any that was trained here.
+            logged = mlflow.pytorch.log_model(
+                network,
+                name="model",
+                input_example=model.input_example(test.images),
+                pip_requirements=model.pip_requirements(),
+            )
+    model_uri = f"models:/{logged.model_id}"
 
     # 3. Check what is stored, on the whole test set.
-    # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
-    with tempfile.TemporaryDirectory() as folder:
-        loaded = mlflow.pytorch.load_model(logged.model_uri, dst_path=folder)
+    if args.in_place:
+        stored = model_file.of_model(model_uri, archive.MODEL_FILE)
+        loaded = mapped.load(model.MNISTCNN, stored.path)
         loaded_scores = training.evaluate(loaded, test.images, test.labels)
+    else:
+        # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = mlflow.pytorch.load_model(model_uri, dst_path=folder)
+            loaded_scores = training.evaluate(loaded, test.images, test.labels)
     predictions.check(mlflow.get_run(run_id), test, loaded_scores)
-    predictions.report(test, loaded_scores, logged.model_uri)
-    result = {"run_id": run_id, "model_uri": logged.model_uri, "val_accuracy": scores.accuracy}
+    predictions.report(test, loaded_scores, model_uri)
+    result = {"run_id": run_id, "model_uri": model_uri, "val_accuracy": scores.accuracy}
 
     # 4. Register and promote, on request.
     if args.model_name:
         # [MLflow 10] register_model: a new version under "Models", linked to the run.
-        version = mlflow.register_model(logged.model_uri, args.model_name)
+        version = mlflow.register_model(
+            model_uri, args.model_name, tags=file.tags if args.in_place else None
+        )
         result |= {
             "model_name": args.model_name,
             "model_version": str(version.version),

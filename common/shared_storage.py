@@ -2,10 +2,14 @@
 
 MLflow writes to a `file://` location itself, from the machine that the script runs on, and would
 create the folder anywhere: on a node without the mount the run would look fine and the model be
-gone. So the folder is checked before any work. Copy `prepare` and `existing_path` if you want that.
+gone. So the folder is checked before any work. A model appears in its folder only when all of it is
+on the disk. Copy `prepare` and `staged` if you want that.
 """
 
+import contextlib
 import os
+import shutil
+import stat
 import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,7 +39,7 @@ def prepare(target_path):
             "hint:  correct the path, or run where that filesystem is mounted."
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -44,6 +48,18 @@ def prepare(target_path):
             "hint:  choose a folder in which you may create files, on a filesystem with space left."
         ) from error
     return folder
+
+
+def check_space(folder, network):
+    """Raise SystemExit if the filesystem has less space left than the weights of `network` take."""
+    needed = sum(tensor.nbytes for tensor in network.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SystemExit(
+            f"error: the model takes {needed / 1e9:.2f} GB, and {folder} has space for "
+            f"{free / 1e9:.2f} GB.\n"
+            "hint:  make room there, or choose another --target_path."
+        )
 
 
 def check_experiment(name, folder):
@@ -66,45 +82,71 @@ def check_experiment(name, folder):
     )
 
 
-def new_path(location):
-    """Return the absolute path that a `file://` artifact location stands for.
+def path_of(location):
+    """Return the path that a `file://` artifact location stands for."""
+    return Path(url2pathname(urlsplit(location).path))
 
-    Raises SystemExit if it stands for none: the files would have to travel to the server.
+
+@contextlib.contextmanager
+def staged(path):
+    """Give a new folder to write a model into, which becomes `path` when all is on the disk.
+
+    It lies beside `path`, where renaming moves no byte. A job that is killed leaves nothing at
+    `path`; one that fails leaves nothing at all. The group may read the result, whatever the umask.
     """
-    parts = urlsplit(location)
-    if parts.scheme not in ("", "file"):
-        raise SystemExit(
-            f"error: this model lies on the server ({location}), not on a shared filesystem.\n"
-            "hint:  use register_and_inference.py, or train with Modify_artifact_location.py."
-        )
-    return Path(url2pathname(parts.path))
+    path = Path(path)
+    staging = path.with_name(path.name + ".unfinished")
+    try:
+        _make_folder(path.parent)
+        staging.mkdir()
+        yield staging
+        open_to_group(staging)
+        for folder, _, files in os.walk(staging):
+            for name in files:
+                _to_disk(Path(folder, name))
+            _to_disk(folder)
+        staging.rename(path)
+        _to_disk(path.parent)
+    except BaseException as error:  # a signal, too
+        shutil.rmtree(path.parent, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise SystemExit(
+                f"error: the model could not be written to {path}: {error.strerror or error}. "
+                "Nothing of it is left there.\n"
+                "hint:  is the filesystem full, or your quota on it?"
+            ) from error
+        raise
 
 
-def existing_path(location):
-    """Like `new_path`, for a model that is there. Raises SystemExit if it is not there."""
-    path = new_path(location)
-    if not (path / "MLmodel").is_file():
-        raise SystemExit(
-            f"error: there is no model at {path}, where the tracking server says it is.\n"
-            "hint:  is that filesystem mounted on this machine, and may you read it? A purge "
-            "policy may have removed it, too."
-        )
-    return path
+def size_of(folder):
+    """Return the bytes in the files of `folder`."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def path_of_model(model_uri):
-    """Return the path of the logged model `models:/m-...`, as `existing_path` does."""
-    return existing_path(
-        mlflow.get_logged_model(model_uri.removeprefix("models:/")).artifact_location
-    )
+def open_to_group(folder):
+    """Let the group read `folder` and all in it, and others no more than before."""
+    for parent, _, files in os.walk(folder):
+        _add_mode(parent, stat.S_IRGRP | stat.S_IXGRP)
+        for name in files:
+            _add_mode(Path(parent, name), stat.S_IRGRP)
 
 
-def path_of_alias(model_name, alias):
-    """Return the path of the version that `models:/model_name@alias` stands for.
+def _make_folder(folder):
+    """Create `folder` and what is missing above it, open to the group."""
+    missing = [part for part in (folder, *folder.parents) if not part.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in missing:
+        _add_mode(part, stat.S_IRGRP | stat.S_IXGRP)
 
-    Only MLflow's metadata is asked. Loading by `models:/` itself would write a file into the folder
-    (MLflow up to 3.17), which may be read-only and belong to someone else.
-    """
-    client = mlflow.MlflowClient()
-    version = client.get_model_version_by_alias(model_name, alias)
-    return existing_path(client.get_model_version_download_uri(model_name, version.version))
+
+def _add_mode(path, bits):
+    os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | bits)
+
+
+def _to_disk(path):
+    """Wait until what was written to a file, or which names a folder holds, survives a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

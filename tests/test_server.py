@@ -117,6 +117,45 @@ def test_large_model_pair_sends_no_file_to_the_server(server, gateway, variables
     assert version.run_id == trained.result["run_id"]
 
 
+def test_weights_registered_where_they_lie(server, gateway, variables, tmp_path):
+    """The server's own checks of a version's source pass; the file stays as and where it is."""
+    import torch
+    from safetensors.torch import save_file
+
+    from common import model
+
+    torch.manual_seed(0)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    path = shared / "weights.safetensors"
+    save_file(model.MNISTCNN().state_dict(), path)
+    before = path.stat()
+    uploaded = run(
+        "upload_external_model.py",
+        *("--dataset", "digits", "--in_place", "--model_path", path),
+        *("--model_name", "IN_PLACE", "--alias", "candidate"),
+        cwd=tmp_path,
+        **variables,
+    )
+    assert not [r for r in gateway.artifact_uploads() if r.size > 100_000]
+    registered = run(
+        "Modify_artifact_location_register_inference.py",
+        *("--run_id", uploaded.result["run_id"], "--model_name", "IN_PLACE", "--verify"),
+        cwd=tmp_path,
+        **variables,
+    )
+    assert registered.result["model_path"] == str(path)
+    assert registered.result["val_accuracy"] == uploaded.result["val_accuracy"]
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and list(shared.iterdir()) == [path]
+    client = mlflow.MlflowClient(server)
+    for alias in ("candidate", "production"):
+        version = client.get_model_version_by_alias("IN_PLACE", alias)
+        assert version.tags["file.path"] == str(path)
+        assert version.tags["file.size_bytes"] == str(before.st_size)
+        assert version.tags["file.sha256"] in registered.out
+        assert version.run_id == uploaded.result["run_id"]
+
+
 def test_tls_unverified_is_the_users_own_choice_and_said_once(box, tmp_path):
     finished = run(
         *("train_mnist_mlflow.py", "--dataset", "digits"),
