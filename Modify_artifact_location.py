@@ -88,6 +88,7 @@ def main(argv=None):
 
     from common import (
         archive,
+        credentials,
         data,
         failures,
         mapped,
@@ -105,6 +106,7 @@ def main(argv=None):
     # 1. Connect, check the folder, and load the data: whatever is wrong shows now.
     folder = shared_storage.prepare(args.target_path)
     failures.explain()
+    credentials.send_api_key()
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     shared_storage.check_experiment(args.experiment, folder)
     train = data.load(args.dataset, args.data_dir, train=True)
@@ -125,6 +127,7 @@ def main(argv=None):
         mlflow.create_experiment(args.experiment, artifact_location=folder.as_uri())
     # [MLflow 1] set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    tracking.check_artifact_location(experiment.artifact_location)
     owner = args.owner or provenance.user()
 
     # 2. Train and track. Leaving the `with` block ends the run: FINISHED, FAILED or KILLED.

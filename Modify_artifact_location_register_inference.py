@@ -51,6 +51,7 @@ def main(argv=None):
     from common import (
         archive,
         cost,
+        credentials,
         data,
         failures,
         mapped,
@@ -65,6 +66,7 @@ def main(argv=None):
 
     # 1. Connect, and find the run, the file of its model and the test set that it was scored on.
     failures.explain()
+    credentials.send_api_key()
     tracking.connect(args.tracking_uri, args.ca_bundle)
     run = runs.finished_run(args.run_id)
     tracking.check_artifact_location(run.info.artifact_uri)

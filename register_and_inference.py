@@ -44,10 +44,20 @@ def main(argv=None):
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    from common import data, failures, predictions, provenance, runs, tracking, training
+    from common import (
+        credentials,
+        data,
+        failures,
+        predictions,
+        provenance,
+        runs,
+        tracking,
+        training,
+    )
 
     # 1. Connect, and find the run, its model and the test set that it was scored on.
     failures.explain()
+    credentials.send_api_key()
     tracking.connect(args.tracking_uri, args.ca_bundle)
     run = runs.finished_run(args.run_id)
     tracking.check_artifact_location(run.info.artifact_uri)

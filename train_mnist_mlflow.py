@@ -83,6 +83,7 @@ def main(argv=None):
     import torch
 
     from common import (
+        credentials,
         data,
         failures,
         model,
@@ -96,6 +97,7 @@ def main(argv=None):
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
     failures.explain()
+    credentials.send_api_key()
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     train = data.load(args.dataset, args.data_dir, train=True)
     test = data.load(args.dataset, args.data_dir, train=False)
@@ -110,6 +112,7 @@ def main(argv=None):
 
     # [MLflow 1] set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    tracking.check_artifact_location(experiment.artifact_location)
     owner = args.owner or provenance.user()
 
     # 2. Train and track. Leaving the `with` block ends the run: FINISHED, FAILED or KILLED.

@@ -63,6 +63,7 @@ def main(argv=None):
     from common import (
         archive,
         cost,
+        credentials,
         data,
         failures,
         mapped,
@@ -79,6 +80,7 @@ def main(argv=None):
 
     # 1. Read the weights, connect, score: whatever is wrong shows before anything is logged.
     failures.explain()
+    credentials.send_api_key()
     path = Path(args.model_path)
     if args.in_place:
         path = Path(os.path.abspath(path))
@@ -96,6 +98,7 @@ def main(argv=None):
     # 2. Log the model, in a run of its own. [MLflow 1] set_experiment: the run joins the others of
     # this experiment, in the UI's left column.
     experiment = mlflow.set_experiment(args.experiment)
+    tracking.check_artifact_location(experiment.artifact_location)
     owner = provenance.user()
     # [MLflow 2] start_run: one run is one execution of this script. It gets a page with this name.
     with (

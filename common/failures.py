@@ -4,6 +4,9 @@ MLflow's own text for a refused key, a login page or an unplugged cable is a lon
 this file and call `explain` first thing, if you only want short messages in your own job logs.
 """
 
+import base64
+import html
+import json
 import os
 import re
 import sys
@@ -13,8 +16,8 @@ from urllib.parse import urlsplit
 
 import mlflow
 import requests
-from mlflow.exceptions import MlflowException
-from mlflow.tracking.request_header.registry import resolve_request_headers
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.tracking.request_header import registry
 
 # Exit codes, for job files: 16 to 25 may be gone on the next try, the others stay until something
 # is changed. README, "Exit codes", lists them.
@@ -34,6 +37,8 @@ SERVER_ERROR = 24
 UNAVAILABLE = 25
 TOO_LARGE = 26
 OBJECT_STORE = 27
+
+SECRETS = ("AM_SC_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 # MLflow's names for HTTP statuses, where a server answers with them in JSON.
 STATUS = {
@@ -78,15 +83,19 @@ def diagnose(error):
 
 
 def without_secrets(text):
-    """Return `text` with the API key, the token and the password in use struck out."""
-    try:
-        headers = resolve_request_headers()
-    except SystemExit:  # a key file that has become unreadable
-        headers = {}
-    secrets = [headers.get("X-Api-Key")]
-    secrets += [os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("TOKEN", "PASSWORD")]
-    for secret in filter(None, secrets):
-        text = text.replace(secret.strip(), "<secret>")
+    """Return `text` with every API key sent so far, the token and the password struck out.
+
+    As they are, and as a server that repeats a request's headers in its answer may write them.
+    """
+    values = [os.environ.get(name, "") for name in SECRETS]
+    for provider in registry._request_header_provider_registry:
+        values += getattr(provider, "sent", [])  # see common/credentials.py
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    values.append(base64.b64encode(f"{user}:{values[2]}".encode()).decode() if user else "")
+    for value in map(str.strip, values):
+        if len(value) > 5:  # a shorter one protects nothing, and stands in many words
+            for written in (value, html.escape(value), json.dumps(value)[1:-1]):
+                text = text.replace(written, "<secret>")
     return text
 
 
@@ -128,14 +137,8 @@ def _broken_connection(causes, text):
             "check http_proxy, https_proxy and no_proxy.",
         )
     if caused_by(requests.exceptions.SSLError):
-        found = re.search(r"certificate verify failed: [^(]+|\[SSL[^]]*\][^(]+", text)
-        reason = found[0].strip() if found else _reason(text)
-        return Failure(
-            TLS,
-            f"no trusted TLS connection to {address}: {reason}",
-            "if the server has a certificate of your institution, give --ca_bundle FILE; "
-            "if it has none, its address starts with http://.",
-        )
+        return _untrusted(address, text)
+    # Before the name: a time limit may have struck while it was looked up.
     if caused_by(requests.exceptions.Timeout) or "ReadTimeoutError" in text:
         return Failure(
             TIMEOUT,
@@ -148,13 +151,21 @@ def _broken_connection(causes, text):
             f"the name of {address} is unknown",
             "check the address, and whether this node has a network.",
         )
+    if "BadStatusLine" in text:
+        return Failure(
+            NO_MLFLOW,
+            f"what answers at {address} is no web server, and so no MLflow",
+            "check the port of the address.",
+        )
     if caused_by(requests.exceptions.ChunkedEncodingError) or re.search(
         r"RemoteDisconnected|IncompleteRead|ConnectionResetError|BrokenPipeError", text
     ):
+        plain = address.startswith("http://")
         return Failure(
             DROPPED,
             f"{address} dropped the connection halfway",
-            "try again; if it stays, ask those who run the server, or the gateway before it.",
+            f"{'does it want https://? Else ' if plain else ''}try again; if it stays, ask those "
+            "who run the server, or the gateway before it.",
         )
     if caused_by(requests.exceptions.ConnectionError) and "too many" not in text:
         return Failure(
@@ -165,11 +176,25 @@ def _broken_connection(causes, text):
     return None
 
 
+def _untrusted(address, text):
+    found = re.search(r"certificate verify failed: [^(]+|\[SSL[^]]*\][^(]+", text)
+    reason = found[0].strip() if found else _reason(text)
+    if "has expired" in reason or "not yet valid" in reason:
+        advice = "is this machine's clock right? Else ask those who run the server to renew it."
+    elif "mismatch" in reason or "not valid for" in reason:
+        advice = "use the name that the certificate is for."
+    elif "WRONG_VERSION" in reason or "HTTP" in reason:
+        advice = "the server speaks plain http there: correct the port, or give http://."
+    else:
+        advice = "if the server has a certificate of your institution, give --ca_bundle FILE."
+    return Failure(TLS, f"no trusted TLS connection to {address}: {reason}", advice)
+
+
 def _bad_answer(causes, text):
     """The `Failure` if there was an answer, and a bad one."""
     address, status = _address(), _status(causes, text)
-    no_json = any(isinstance(cause, requests.exceptions.JSONDecodeError) for cause in causes)
-    if no_json or "valid JSON format" in text:
+    no_json = (requests.exceptions.JSONDecodeError, requests.exceptions.ContentDecodingError)
+    if any(isinstance(cause, no_json) for cause in causes) or "valid JSON format" in text:
         return Failure(
             WEB_PAGE,
             f"{address} answers with a web page, not as an MLflow server: probably a login page",
@@ -177,11 +202,13 @@ def _bad_answer(causes, text):
         )
     if status is None:
         return None
+    if status == 400 and "HTTPS port" in text:  # nginx's words
+        status = 301
     if 300 <= status < 400:
         return Failure(
             REDIRECT,
             f"{address} redirects to another address, which is not followed, to protect the key",
-            "use the address that it redirects to; often https:// in place of http://.",
+            "use the address that it redirects to; mostly https:// in place of http://.",
         )
     if status == 401:
         sent = _sent()
@@ -198,9 +225,7 @@ def _bad_answer(causes, text):
             f"{address} forbids the request (error 403){_said(text)}",
             f"ask those who run the server whether you may do this (sent: {_sent() or 'no key'}).",
         )
-    if status == 404 and any(
-        getattr(cause, "error_code", "") == "ENDPOINT_NOT_FOUND" for cause in causes
-    ):
+    if status in (404, 405, 410):
         return Failure(
             NO_MLFLOW,
             f"there is a web server at {address}, but no MLflow",
@@ -220,13 +245,11 @@ def _bad_answer(causes, text):
             f"{address} is not available (error {status})",
             "try again in a minute; if it stays, ask those who run the server.",
         )
-    if status >= 500:
-        return Failure(
-            SERVER_ERROR,
-            f"{address} answers with an error of its own (error {status}){_said(text)}",
-            "ask those who run the server; its log says why.",
-        )
-    return None
+    return Failure(
+        SERVER_ERROR,
+        f"{address} answers with an error of its own (error {status}){_said(text)}",
+        "ask those who run the server, or the gateway before it; its log says why.",
+    )
 
 
 def _too_large(causes, address):
@@ -243,11 +266,13 @@ def _too_large(causes, address):
 
 
 def _status(causes, text):
-    """The HTTP status of the answer, or None."""
+    """The HTTP status of a bad answer, or None if it is no matter of the server's."""
     for cause in causes:
         response = getattr(cause, "response", None)
         if response is not None:
             return response.status_code
+        if isinstance(cause, RestException) and "error_code" not in cause.json:
+            return 403  # a gateway's refusal in JSON; MLflow has dropped the number
         if status := STATUS.get(getattr(cause, "error_code", None)):
             return status
     found = re.search(
@@ -257,10 +282,13 @@ def _status(causes, text):
 
 
 def _reason(text):
-    """The innermost reason that urllib3 gives, without the object addresses before it."""
-    found = re.search(r"Caused by \w+\((.*)", text)
-    reason = found[1] if found else text
-    return re.sub(r"<[^>]*>:? ?", "", reason).strip("'\")( ")[:160]
+    """The innermost reason that urllib3 gives, in the operating system's words if it has any."""
+    found = re.search(
+        r"nothing within \d+ s|Tunnel connection failed: [^'\")]+|\[Errno -?\d+\] [^'\")]+"
+        r"|(?:Read|Connection|Connect) (?:to \S+ )?timed out",
+        text,
+    )
+    return found[0] if found else text[:160]
 
 
 def _said(text):
@@ -270,17 +298,16 @@ def _said(text):
         r"(?![<'])(\S[^']*)",
         text,
     )
-    return f", and says: {found[1].strip()[:150]}" if found else ""
+    return f", and says: {found[1].strip()[:150].rstrip('.')}" if found else ""
 
 
 def _sent():
     """What the server was shown, in words; nothing of its value."""
-    sent = ["X-Api-Key"] if "X-Api-Key" in resolve_request_headers() else []
-    if os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        sent.append("user and password")
-    elif os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        sent.append("bearer token")
-    return ", ".join(sent)
+    providers = registry._request_header_provider_registry
+    try:
+        return ", ".join(p.describe() for p in providers if hasattr(p, "describe"))
+    except SystemExit:  # a key file that has become unreadable: the last key was sent
+        return "X-Api-Key"
 
 
 def _address():

@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import threading
 import time
-import uuid
 from email.utils import parsedate_to_datetime
 from http.client import HTTPSConnection
 from pathlib import Path
@@ -22,6 +21,8 @@ from urllib.parse import urlsplit
 import mlflow
 import requests
 from cryptography import x509
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response
@@ -38,8 +39,7 @@ def proxy(uri):
     chosen = requests.utils.select_proxy(uri, requests.utils.get_environ_proxies(uri))
     if not chosen:
         return None
-    parts = urlsplit(chosen if "://" in chosen else f"http://{chosen}")
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return re.sub(r"//.*@", "//", chosen if "://" in chosen else f"http://{chosen}")
 
 
 def proxy_variables():
@@ -138,17 +138,37 @@ def answers(uri, count=5):
 
 def server_version(uri):
     """Return the server's MLflow version, or None if it, or its gateway, does not tell."""
-    response = http_request(get_default_host_creds(uri), "/version", "GET", timeout=10)
-    text = response.text.strip()
-    return text if response.ok and text[:1].isdigit() and len(text) < 20 else None
+    try:
+        creds = get_default_host_creds(uri)
+        answer = http_request(creds, "/version", "GET", timeout=5, max_retries=0)
+    except MlflowException:
+        return None
+    text = answer.text.strip()
+    return text if answer.ok and text[:1].isdigit() and len(text) < 20 else None
 
 
-def new_run(cleanup):
-    """Make an experiment of its own and a run in it; both are deleted by `cleanup`."""
+def new_run(name, cleanup):
+    """Make the experiment `name` and a run in it; `cleanup` deletes both.
+
+    A gateway may report an error after the server has done as it was told. So what is to be deleted
+    is found by name, and an experiment that is there already is the one that was just made.
+    """
     client = mlflow.MlflowClient()
-    experiment_id = client.create_experiment(f"connection_check_{uuid.uuid4().hex[:8]}")
-    cleanup.callback(client.delete_experiment, experiment_id)
-    run = client.create_run(experiment_id, run_name="connection_check")
+
+    def delete_experiment():
+        if experiment := client.get_experiment_by_name(name):
+            client.delete_experiment(experiment.experiment_id)
+
+    cleanup.callback(delete_experiment)
+    try:
+        experiment_id = client.create_experiment(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        experiment_id = client.get_experiment_by_name(name).experiment_id
+    run = client.create_run(experiment_id, run_name=name)
+    if not experiment_id or not run.info.run_id:
+        raise MlflowException("no ids in its answers", error_code=ENDPOINT_NOT_FOUND)
     cleanup.callback(client.delete_run, run.info.run_id)
     client.log_metric(run.info.run_id, "written", 1)
     client.set_terminated(run.info.run_id)
@@ -164,13 +184,14 @@ def artifact(run, cleanup):
     repository = get_artifact_repository(run.info.artifact_uri)
     client.log_text(run.info.run_id, "written", "check/file.txt")
     cleanup.callback(repository.delete_artifacts)
+    client.list_artifacts(run.info.run_id, "check")  # by itself: a download hides its failure
     with (
         tempfile.TemporaryDirectory() as folder,
         _environment(MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD="false"),
     ):
         path = client.download_artifacts(run.info.run_id, "check/file.txt", folder)
         if Path(path).read_text() != "written":
-            raise mlflow.MlflowException("a file that was written comes back with other content")
+            raise MlflowException("a file that was written comes back with other content")
 
 
 def body_limit(run):
@@ -202,7 +223,11 @@ def multipart(uri, run):
     """
     path = "/api/3.0/mlflow/server-info"
     info = http_request(get_default_host_creds(uri), path, "GET", timeout=10)
-    if not info.ok or not info.json().get("multipart_uploads_enabled"):
+    try:
+        offered = info.ok and info.json()["multipart_uploads_enabled"]
+    except (requests.JSONDecodeError, LookupError, TypeError):  # an older server, a gateway's page
+        offered = False
+    if not offered:
         return None
     repository = get_artifact_repository(run.info.artifact_uri)
     upload = repository.create_multipart_upload("parts.bin", 1, "check")
@@ -219,18 +244,29 @@ def multipart(uri, run):
     with tempfile.TemporaryDirectory() as folder:
         path = mlflow.MlflowClient().download_artifacts(run.info.run_id, "check/zeros.bin", folder)
         if os.path.getsize(path) != part + MB:
-            raise mlflow.MlflowException("a file that went in parts comes back with another size")
+            raise MlflowException("a file that went in parts comes back with another size")
     return f"{host}:{port}"
 
 
-def registered_model(run, cleanup):
-    """Register a model of the run, and point an alias at it; both are deleted by `cleanup`."""
-    client, name = mlflow.MlflowClient(), f"connection_check_{uuid.uuid4().hex[:8]}"
-    client.create_registered_model(name)
-    cleanup.callback(client.delete_registered_model, name)
-    source = f"runs:/{run.info.run_id}/check"
+def registered_model(name, run, cleanup):
+    """Register a model of the run as `name`, and point an alias at it; `cleanup` deletes both."""
+    client = mlflow.MlflowClient()
+
+    def delete_model():
+        try:
+            client.delete_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
+    cleanup.callback(delete_model)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     version = client.create_model_version(
-        name, source, run_id=run.info.run_id, await_creation_for=None
+        *(name, f"runs:/{run.info.run_id}/check"), run_id=run.info.run_id, await_creation_for=None
     )
     client.set_registered_model_alias(name, "check", version.version)
 

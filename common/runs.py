@@ -112,11 +112,12 @@ def _end(status):
     run_id = mlflow.active_run().info.run_id
     try:
         mlflow.end_run(status)
+    except MlflowException:
+        return f"the server does not answer, and the run {run_id} may stay RUNNING there"
+    with contextlib.suppress(MlflowException):  # its models, if one was being written
         for model in mlflow.search_logged_models(
             filter_string=f"source_run_id = '{run_id}'", output_format="list"
         ):
-            if model.status == "PENDING":  # it was being written
+            if model.status == "PENDING":
                 mlflow.MlflowClient().finalize_logged_model(model.model_id, "FAILED")
-    except (MlflowException, SystemExit):  # SystemExit: a key file that cannot be used
-        return f"the server does not answer, and the run {run_id} may stay RUNNING there"
     return f"the run is marked {status}"

@@ -1,15 +1,14 @@
-"""The tracking server: which one, the API key on every request, TLS, and whether it answers.
+"""The tracking server: which one, is it there, and is it trusted; what is wrong is said at once.
 
-If you only want the API key in your own project, copy `ApiKeyHeader`, `api_key`, `keeps_secrets`
-and `send_api_key`: MLflow asks a registered header provider at every request, so metrics, artifacts
-and the registry all carry it.
+Copy this file and call `connect` if you want that for your own scripts. Which key the server is
+shown is the matter of common/credentials.py.
 """
 
 import concurrent.futures
 import contextlib
+import importlib.util
 import os
 import ssl
-import stat
 import sys
 import threading
 import time
@@ -27,10 +26,12 @@ import requests
 import urllib3
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.request_header import registry
-from mlflow.tracking.request_header.abstract_request_header_provider import RequestHeaderProvider
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
 
 AMSC_URI = "https://mlflow.american-science-cloud.org"
 LOCAL_URI = "sqlite:///mlflow.db"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SCHEMES = ("https", "http", "sqlite", "postgresql", "mysql", "mssql")
 
 # MLflow settings that suit a job log. A user's own value wins.
@@ -59,87 +60,6 @@ FIRST_REQUESTS = {
 PATIENCE = 13  # seconds for the first requests together, whatever hangs: names, proxies, servers
 
 
-class ApiKeyHeader(RequestHeaderProvider):
-    """Adds `X-Api-Key` to MLflow's requests, read anew each time: it may change during a job.
-
-    MLflow swallows an `Exception` in a provider, and sends the request without the header. The
-    SystemExit of a key file that can no longer be used does get through, and ends the script.
-    """
-
-    def in_context(self):
-        return keeps_secrets(mlflow.get_tracking_uri()) and bool(api_key()[0])
-
-    def request_headers(self):
-        return {"X-Api-Key": api_key()[0]}
-
-
-def api_key():
-    """Return (the key or "", the variable that it comes from).
-
-    AM_SC_API_KEY_FILE names a file that is read each time; else AM_SC_API_KEY holds the key. Raises
-    SystemExit if the file cannot be read or may be read by others, or if no header can carry the
-    key.
-    """
-    name = "AM_SC_API_KEY_FILE"
-    if path := os.environ.get(name, "").strip():
-        key = _read_key(path)
-    else:
-        name = "AM_SC_API_KEY"
-        key = os.environ.get(name, "").strip()
-    _check_header(name, key)
-    return key, name
-
-
-def _check_header(name, value):
-    """Raise SystemExit if no header can carry the value: MLflow would print it in its message."""
-    if not value.isascii() or not value.isprintable() or " " in value:
-        raise SystemExit(
-            f"error: {name} holds a space, a line break or a letter outside ASCII: no header can "
-            "carry it.\n"
-            "hint:  set it again, in quotes, exactly as you were given it."
-        )
-
-
-def _read_key(path):
-    """Return what stands in the key file. One that is being replaced gets a second chance."""
-    for pause in (0.5, 0):
-        try:
-            with open(path, encoding="ascii", errors="replace") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                key = file.read(10_000).strip()
-            problem = "it is empty"
-        except OSError as error:
-            key, mode, problem = "", 0, error.strerror
-        if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise SystemExit(
-                f"error: the key file {path} is open to others than its owner.\n"
-                f"hint:  chmod 600 {path}; and if others use this machine, ask for a new key."
-            )
-        if key:
-            return key
-        time.sleep(pause)
-    raise SystemExit(
-        f"error: there is no key in AM_SC_API_KEY_FILE, {path}: {problem}.\n"
-        "hint:  write the key into it, and nothing else; renew it by writing a new file beside it, "
-        "and mv."
-    )
-
-
-def keeps_secrets(uri):
-    """Return whether a key may be sent there: over https, or to this machine itself."""
-    parts = urlsplit(uri)
-    return parts.scheme == "https" or (
-        parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
-    )
-
-
-def send_api_key():
-    """Register `ApiKeyHeader`, once: MLflow joins the values of two providers into "key key"."""
-    providers = registry._request_header_provider_registry
-    if not any(isinstance(provider, ApiKeyHeader) for provider in providers):
-        providers.register(ApiKeyHeader)
-
-
 def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     """Point MLflow at the server, and make sure that it is there, trusted, and accepts the key.
 
@@ -156,9 +76,7 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     mlflow.set_tracking_uri(uri)
     if uri.startswith("http"):
         trust(ca_bundle)
-        words = credential(uri)
-        send_api_key()
-        print(f"tracking {_printable(uri)}  ({reason}; {words})", flush=True)
+        print(f"tracking {_printable(uri)}  ({reason}; {credential()})", flush=True)
         existing = ask_server(experiment)
     else:
         with _prepare_sqlite(uri) if uri.startswith("sqlite") else contextlib.nullcontext():
@@ -180,6 +98,8 @@ def settle():
         os.environ.setdefault(name, value)
     # Not the user's choice: `requests` would take X-Api-Key along to any host it is sent on to.
     os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
+    # `requests` would send a password from ~/.netrc in place of the token.
+    os.environ.setdefault("NETRC", os.devnull)
     if not sys.stderr.isatty():
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -187,8 +107,13 @@ def settle():
 def address(tracking_uri=None):
     """Return (the tracking address, where it comes from). Raises SystemExit if it cannot be one."""
     uri, reason = _choose(tracking_uri)
+    scheme, colon, rest = uri.partition(":")
+    if scheme.lower() in ("http", "https"):
+        uri = scheme.lower() + colon + rest
     _check_address(uri)
     _check_variables(uri)
+    if uri.startswith("http"):
+        _check_proxy(uri)
     return uri, reason
 
 
@@ -216,40 +141,33 @@ def trust(ca_bundle=None):
     if insecure:
         print("warning: TLS is not verified (MLFLOW_TRACKING_INSECURE_TLS=true)", file=sys.stderr)
         warnings.simplefilter("ignore", urllib3.exceptions.InsecureRequestWarning)
-    if path and not os.path.isdir(path):
-        try:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # where `requests` looks next
+        path = path or os.environ.get(name)
+    try:
+        if path and not os.path.isdir(path):
             ssl.create_default_context(cafile=path)
-        except OSError as error:  # ssl.SSLError is one
-            raise SystemExit(
-                f"error: no PEM certificates can be read from {path}: {error.strerror or error}.\n"
-                f"hint:  correct --ca_bundle or {name}."
-            ) from error
+        if path := os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"):
+            ssl.create_default_context().load_cert_chain(path)
+    except OSError as error:  # ssl.SSLError is one
+        raise SystemExit(
+            f"error: no PEM certificates can be read from {path}: {error.strerror or error}.\n"
+            "hint:  correct --ca_bundle, or the variable that names this file."
+        ) from error
 
 
-def credential(uri):
-    """Return in words, never in values, what the server at `uri` will be shown.
+def credential():
+    """Return in words, never in values, what the server will be shown (see common/credentials.py).
 
-    Raises SystemExit if the key cannot be used, or if there is none for the AmSC server.
+    Raises SystemExit if it cannot be used, or if there is nothing for the AmSC server.
     """
-    key, name = api_key()
-    withheld = key and not keeps_secrets(uri)
-    sent = [f"X-Api-Key from {name}"] if key and not withheld else []
-    unencrypted = "" if keeps_secrets(uri) else ", unencrypted"
-    if os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        sent.append(f"user and password{unencrypted}")
-    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        # The line break that comes along from a file is no part of it.
-        os.environ["MLFLOW_TRACKING_TOKEN"] = token.strip()
-        _check_header("MLFLOW_TRACKING_TOKEN", token.strip())
-        sent.append(f"bearer token{unencrypted}")
-    if not sent and urlsplit(uri).hostname == urlsplit(AMSC_URI).hostname:
+    providers = registry._request_header_provider_registry
+    words = ", ".join(p.describe() for p in providers if hasattr(p, "describe"))
+    if not words and urlsplit(mlflow.get_tracking_uri()).hostname == urlsplit(AMSC_URI).hostname:
         raise SystemExit(
             "error: AM_SC_API_KEY is not set, so the AmSC server would refuse every request.\n"
             'hint:  export AM_SC_API_KEY="<your key>"'
         )
-    if withheld:
-        sent.append("X-Api-Key withheld: plain http")
-    return ", ".join(sent) or "no credentials"
+    return words or "no credentials"
 
 
 def check_artifact_location(location):
@@ -272,24 +190,27 @@ def _choose(tracking_uri):
         return tracking_uri.strip(), "from --tracking_uri"
     if uri := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         return uri, "from MLFLOW_TRACKING_URI"
-    key, name = api_key()
-    if key:
-        return AMSC_URI, f"the AmSC server, because {name} is set"
+    for name in ("AM_SC_API_KEY_FILE", "AM_SC_API_KEY"):
+        if os.environ.get(name, "").strip():
+            return AMSC_URI, f"the AmSC server, because {name} is set"
     return LOCAL_URI, "local, because neither MLFLOW_TRACKING_URI nor AM_SC_API_KEY is set"
 
 
 def _check_address(uri):
     try:
         parts = urlsplit(uri)
-        possible = " " not in parts.netloc and parts.port != 0
-    except ValueError:  # a port that is no number, brackets that are not closed
+        possible = uri.isprintable() and " " not in parts.netloc and parts.port != 0
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # a port that is no number, brackets that are not closed, a label too long
         possible = False
     if not possible:
         raise SystemExit(
             "error: the tracking address has an impossible host or port.\n"
             "hint:  it looks like https://HOST or http://127.0.0.1:5000"
         )
-    scheme = parts.scheme.split("+")[0]
+    scheme = parts.scheme
+    if not scheme.startswith("http"):
+        scheme = scheme.split("+")[0]  # postgresql+psycopg2
     if scheme not in SCHEMES or not uri.startswith(f"{parts.scheme}://"):
         raise SystemExit(
             f"error: the tracking address {_printable(uri)!r} is none of "
@@ -297,7 +218,7 @@ def _check_address(uri):
             f"hint:  a server is https://HOST, a local file {LOCAL_URI}."
         )
     if scheme in ("http", "https") and (
-        parts.username or parts.query or parts.fragment or not parts.hostname
+        "@" in parts.netloc or parts.query or parts.fragment or not parts.hostname
     ):
         raise SystemExit(
             "error: the tracking address must have a host, and no user name, password or query in "
@@ -323,10 +244,45 @@ def _check_variables(uri):
             "key must not go there.\n"
             "hint:  unset MLFLOW_REGISTRY_URI; models are registered on the tracking server."
         )
+    for name in (*FIRST_REQUESTS, "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER"):
+        try:
+            getattr(mlflow.environment_variables, name).get()
+        except ValueError as error:
+            raise SystemExit(
+                f"error: {name} has an impossible value: {error}.\nhint:  unset {name}"
+            ) from error
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         raise SystemExit(
             f"error: MLFLOW_RUN_ID is set, so MLflow would write into the run {run_id} again.\n"
             "hint:  unset MLFLOW_RUN_ID"
+        )
+
+
+def _check_proxy(uri):
+    """Refuse a proxy that cannot be used, and go round it on the way to this machine itself."""
+    parts = urlsplit(uri)
+    if parts.scheme == "http" and parts.hostname in LOOPBACK:  # an ssh tunnel, say
+        own = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        os.environ["no_proxy"] = ",".join(filter(None, [own, *LOOPBACK]))
+    proxy = requests.utils.select_proxy(uri, requests.utils.get_environ_proxies(uri))
+    if not proxy:
+        return
+    try:
+        parts = urlsplit(proxy if "://" in proxy or "@" in proxy else f"http://{proxy}")
+        possible = parts.hostname and parts.scheme and (parts.port or 1)
+    except ValueError:
+        possible = False
+    if not possible:
+        raise SystemExit(
+            "error: the proxy that http_proxy, https_proxy or all_proxy names is no address.\n"
+            "hint:  it looks like http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, with %23 for "
+            "a # in the password, %2F for a /."
+        )
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socks") is None:
+        raise SystemExit(
+            f"error: the proxy for this address speaks {parts.scheme}, for which a package is "
+            "missing.\n"
+            "hint:  pip install pysocks"
         )
 
 
@@ -393,16 +349,8 @@ def ask_server(experiment=None):
 
     def ask():
         try:
-            try:
-                found = _find_experiment(experiment)
-            except MlflowException as error:
-                # MLflow repeats what was refused for a moment, but not a 403, and gateways under
-                # load answer with that as well.
-                if error.error_code != "PERMISSION_DENIED":
-                    raise
-                time.sleep(1)
-                found = _find_experiment(experiment)
-            answer.set_result(found)
+            _ask_for_experiments()
+            answer.set_result(_find_experiment(experiment))
         except BaseException as error:  # noqa: BLE001 (handed over: `result` raises it again)
             answer.set_exception(error)
 
@@ -419,7 +367,31 @@ def ask_server(experiment=None):
                 os.environ[name] = value
 
 
+def _ask_for_experiments():
+    """Make the first request; raise `requests.HTTPError` with the answer if it is a bad one.
+
+    By hand, because MLflow drops the status of an answer in JSON, and many gateways refuse so.
+    """
+    path = "/api/2.0/mlflow/experiments/search"
+    for pause in (1, 0):
+        creds = get_default_host_creds(mlflow.get_tracking_uri())
+        response = http_request(creds, path, "POST", json={"max_results": 1})
+        # MLflow repeats what is refused for a moment, but not a 403, and gateways under load
+        # answer with that as well.
+        if response.status_code != 403:
+            break
+        time.sleep(pause)
+    if response.status_code != 200:
+        text = f"error code {response.status_code}. Response body: '{response.text[:300]}'"
+        raise requests.HTTPError(text, response=response)
+    answer = response.json()
+    if not isinstance(answer, dict) or not isinstance(answer.get("experiments", []), list):
+        raise requests.JSONDecodeError("no list of experiments", "", 0)
+
+
 def _find_experiment(name):
     client = mlflow.MlflowClient()
+    if name:
+        return client.get_experiment_by_name(name)
     client.search_experiments(max_results=1)
-    return client.get_experiment_by_name(name) if name else None
+    return None

@@ -25,6 +25,8 @@ ARTIFACT = 31
 REGISTRY = 32
 CLEAN_UP = 33
 
+# For the time after a signal: a batch system leaves half a minute.
+HASTE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 CLOCK_TOLERANCE = 300  # seconds; object stores refuse requests that are signed 15 minutes off
 
 
@@ -39,8 +41,10 @@ def main(argv=None):
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import contextlib
+    import os
     import re
     import signal
+    import uuid
     from types import SimpleNamespace
 
     import requests
@@ -48,10 +52,21 @@ def main(argv=None):
 
     from common import failures
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up first
+    failures.explain()
+    received = []
+
+    def stop(number, frame):
+        """Clean up, quickly, and exit as shells expect; a second signal changes nothing."""
+        received.append(number)
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, signal.SIG_IGN)
+        os.environ.update(HASTE)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     # (name, step, exit code if the step itself is what fails, whether the rest depends on it)
     steps = (
-        ("API key", api_key, CREDENTIAL, True),
         ("address", address, ADDRESS, True),
         ("credential", credential, CREDENTIAL, True),
         ("CA bundle", ca_bundle, failures.TLS, True),
@@ -87,13 +102,19 @@ def main(argv=None):
         return failure is None
 
     # What was made is deleted when the block is left, also by a signal.
-    with contextlib.ExitStack() as cleanup:
-        check = SimpleNamespace(args=args, cleanup=cleanup)
-        for name, step, code, needed in steps:
-            if not passes(name, step, code) and needed:
-                break
-        if "run" in findings:
-            passes("clean-up", clean_up, CLEAN_UP)
+    name = f"connection_check_{uuid.uuid4().hex[:8]}"
+    try:
+        with contextlib.ExitStack() as cleanup:
+            check = SimpleNamespace(args=args, cleanup=cleanup, name=name)
+            for name, step, code, needed in steps:
+                if not passes(name, step, code) and needed:
+                    break
+            if "run" in findings:
+                passes("clean-up", clean_up, CLEAN_UP)
+    except (MlflowException, requests.RequestException):  # while cleaning up after a signal
+        print(f"warning: {check.name} may be left on the server.", file=sys.stderr, flush=True)
+    if received:
+        sys.exit(128 + received[0])
     code = failed[0].code if failed else 0
     cli.print_result(**findings, failures=[failure.what for failure in failed], exit_code=code)
     sys.exit(code)
@@ -110,20 +131,17 @@ def as_failure(error, code):
         return failures.Failure(code, what.removeprefix("error: ").removesuffix("."), advice)
     failure = failures.diagnose(error)
     if failure is None:
-        text = failures.without_secrets(" ".join(str(error).split()))[:300]
+        text = failures.without_secrets(" ".join(str(error).split()))[:300].rstrip(".")
         return failures.Failure(code or 1, text, "show this to those who run the server.")
-    # Whoever got this far has a key that is accepted, and is not allowed this one thing.
-    return failure._replace(code=code) if code and failure.code == failures.FORBIDDEN else failure
+    # Whoever got this far is known to the server, and not allowed, or not offered, this one thing.
+    if code and failure.code in (failures.FORBIDDEN, failures.NO_MLFLOW):
+        offered = failure.code == failures.FORBIDDEN
+        what = failure.what if offered else f"the server does not offer this: {error}"
+        return failure._replace(code=code, what=failures.without_secrets(what)[:300].rstrip("."))
+    return failure
 
 
 # What would be used, and where it comes from. Nothing is sent yet.
-
-
-def api_key(check):
-    from common import tracking
-
-    key, name = tracking.api_key()
-    return f"in {name}" if key else "none is set"
 
 
 def address(check):
@@ -139,10 +157,13 @@ def address(check):
 
 
 def credential(check):
-    from common import tracking
+    import mlflow
 
-    check.credential = tracking.credential(check.uri)
-    return check.credential
+    from common import credentials, tracking
+
+    credentials.send_api_key()
+    mlflow.set_tracking_uri(check.uri)
+    return tracking.credential()
 
 
 def ca_bundle(check):
@@ -155,8 +176,9 @@ def ca_bundle(check):
 
     tracking.settle()
     tracking.trust(check.args.ca_bundle)
-    tracking.send_api_key()
-    mlflow.set_tracking_uri(check.uri)
+    if mlflow.environment_variables.MLFLOW_TRACKING_INSECURE_TLS.get():
+        check.ca_bundle = requests.certs.where()
+        return "not used: TLS is not verified"
     # In the order in which MLflow looks, and requests below it.
     for name in ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         if path := os.environ.get(name):
@@ -180,20 +202,28 @@ def addresses(check):
     from common import probes
 
     host, _ = probes.first_hop(check.uri)
+    check.reachable = False
     try:
-        return f"{host} is {', '.join(probes.addresses(host))}"
+        found = probes.addresses(host)
     except OSError as error:
         return f"{host}: {error.strerror or error}"
+    check.reachable = True
+    return f"{host} is {', '.join(found)}"
 
 
 def connection(check):
     from common import probes
 
     host, port = probes.first_hop(check.uri)
+    if not check.reachable:
+        return "not tried"
+    check.reachable = False
     try:
-        return f"{host} port {port}, {1000 * probes.connection(host, port):.0f} ms"
+        seconds = probes.connection(host, port)
     except OSError as error:
         return f"{host} port {port}: {error.strerror or error}"
+    check.reachable = True
+    return f"{host} port {port}, {1000 * seconds:.0f} ms"
 
 
 def certificate(check):
@@ -201,6 +231,8 @@ def certificate(check):
 
     if check.uri.startswith("http://"):
         return "none: plain http"
+    if not check.reachable:
+        return "not tried"
     try:
         version, found = probes.certificate(check.uri, check.ca_bundle)
         trusted = "trusted"
@@ -226,7 +258,8 @@ def first_request(check):
     from common import tracking
 
     tracking.ask_server()
-    os.environ.update(tracking.FIRST_REQUESTS)  # patience is short from here on, too
+    # Patience is short from here on, too.
+    os.environ.update(tracking.FIRST_REQUESTS | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
     return "granted"
 
 
@@ -259,10 +292,11 @@ def versions(check):
 
 
 def new_run(check):
-    from common import probes
+    from common import probes, tracking
 
-    check.run = probes.new_run(check.cleanup)
-    return "experiment, run and metric written"
+    check.run = probes.new_run(check.name, check.cleanup)
+    tracking.check_artifact_location(check.run.info.artifact_uri)
+    return f"experiment {check.name}, run and metric written"
 
 
 def artifact(check):
@@ -296,13 +330,13 @@ def multipart(check):
 def registry(check):
     from common import probes
 
-    probes.registered_model(check.run, check.cleanup)
+    probes.registered_model(check.name, check.run, check.cleanup)
     return "model, version and alias written"
 
 
 def clean_up(check):
     check.cleanup.close()
-    return "all that was made is deleted"
+    return f"{check.name} is deleted again"
 
 
 if __name__ == "__main__":

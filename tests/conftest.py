@@ -204,7 +204,7 @@ def serving(command, cwd, environment, url, log):
 
 
 @contextlib.contextmanager
-def mlflow_server(folder, artifacts=None, **variables):
+def mlflow_server(folder, *flags, artifacts=None, **variables):
     """A real `mlflow server` on SQLite in `folder`, without a key; yields its address."""
     port, log = free_port(), folder / "server.log"
     command = [
@@ -212,6 +212,7 @@ def mlflow_server(folder, artifacts=None, **variables):
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
         *("--artifacts-destination", artifacts or str(folder / "artifacts")),
+        *flags,
     ]
     environment = clean_environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", **variables)
     with serving(command, folder, environment, f"http://127.0.0.1:{port}/health", log):

@@ -18,7 +18,10 @@ LOGIN_PAGE = b"<!doctype html><html><title>Sign in</title><body>Please sign in.<
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"}
 
 # What `fault` can be, besides None.
-FAULTS = ("401", "403", "429", "500", "503", "login", "redirect", "echo", "hang", "drop", "down")
+FAULTS = (
+    *("401", "403", "429", "500", "503", "json", "login", "redirect", "echo"),
+    *("late", "hang", "drop", "down"),
+)
 
 
 class Request(NamedTuple):
@@ -37,7 +40,8 @@ class Gateway:
     may be changed at any time, and so may
 
     `fault`        what goes wrong: one of FAULTS, or (status, headers, body) for any other answer;
-                   "echo" is a 403 whose page shows the request's headers, as debug pages do
+                   "json" is a 401 in JSON, but not MLflow's, "echo" a 403 whose text shows the
+                   request's headers, "late" a 502 for what the server has done all the same
     `fault_on`     for which requests: a function of method and path
     `redirect_to`  where the fault "redirect" leads
     `clock_lead`   seconds that its clock is ahead
@@ -102,14 +106,18 @@ class Gateway:
             return 200, html, LOGIN_PAGE
         if fault == "redirect":
             return 307, {"Location": self.redirect_to}, b""
+        if fault == "json":
+            return 401, {"Content-Type": "application/json"}, b'{"message": "No API key found"}'
         if fault == "echo":
-            return 403, html, f"<html>forbidden for {headers}</html>".encode()
+            shown = "; ".join(f"{n}: {v}" for n, v in sorted(headers.items(), reverse=True))
+            return 403, {"Content-Type": "text/plain"}, f"forbidden for {shown}".encode()
         if fault in ("401", "403", "429", "500", "503"):
             after = {"Retry-After": "3600"} if fault in ("429", "503") else {}
             return int(fault), {"Content-Type": "text/plain"} | after, b"a bad day"
         if not self._may_enter(headers):
             return self.deny, {"Content-Type": "text/plain"}, b"no valid API key"
-        return self._forward(method, path, headers, body)
+        answer = self._forward(method, path, headers, body)
+        return (502, {}, b"too late") if fault == "late" else answer
 
     def _forward(self, method, path, headers, body):
         connection = http.client.HTTPConnection(self.upstream.netloc, timeout=60)

@@ -19,6 +19,7 @@ import gateway
 import mlflow
 import pytest
 from conftest import KEY, ROOT, SCRIPTS, clean_environment, run
+from gateway import Gateway
 
 from common import failures
 
@@ -41,9 +42,11 @@ FAULTS = [
     ("429", failures.TOO_MANY_REQUESTS, "too many requests (error 429)"),
     ("500", failures.SERVER_ERROR, "an error of its own (error 500)"),
     ("503", failures.UNAVAILABLE, "is not available (error 503)"),
+    ("json", failures.UNAUTHENTICATED, "refuses access (error 401)"),
     ("login", failures.WEB_PAGE, "answers with a web page"),
     ("redirect", failures.REDIRECT, "redirects to another address"),
     ("echo", failures.FORBIDDEN, "forbids the request (error 403)"),
+    ("late", failures.UNAVAILABLE, "is not available (error 502)"),
     ("hang", failures.TIMEOUT, "did not answer in time"),
     ("drop", failures.DROPPED, "dropped the connection halfway"),
     ("down", failures.NO_SERVER, "no server answers at"),
@@ -131,7 +134,7 @@ def artifact_put(method, path):
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
-        ("403", failures.FORBIDDEN, "forbids the request (error 403)"),
+        ("json", failures.UNAUTHENTICATED, "refuses access (error 401)"),
         ("503", failures.UNAVAILABLE, "is not available (error 503)"),
         ("drop", failures.DROPPED, "dropped the connection halfway"),
         ("413", failures.TOO_LARGE, "Modify_artifact_location.py"),
@@ -228,8 +231,12 @@ def test_key_is_renewed_during_a_run(box, box_variables, server, tmp_path):
         wait_for_line(process, "epoch 4/")
         del box._may_enter
         box.key = KEY
+        # Now something is wrong with the file: what has been read goes on.
+        key_file.chmod(0o644)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+    assert err.count("is open to others than its owner") == 1
+    assert err.count("The last key is used.") == 1
     assert mlflow.MlflowClient(server).get_run(run_id).info.status == "FINISHED"
     sent = [r.headers["x-api-key"] for r in box.requests]
     assert sent[0] == "first-key-0123456789" and sent[-1] == KEY
@@ -242,12 +249,16 @@ def test_key_is_renewed_during_a_run(box, box_variables, server, tmp_path):
         pytest.param(KEY, 0o604, "is open to others than its owner", marks=pytest.mark.slow),
         pytest.param(" \n", 0o600, "it is empty", marks=pytest.mark.slow),
         pytest.param("two\nlines", 0o600, "no header can carry it", marks=pytest.mark.slow),
+        pytest.param(f'"{KEY}"', 0o600, "no header can carry it", marks=pytest.mark.slow),
         pytest.param(None, 0o600, "No such file", marks=pytest.mark.slow),
+        pytest.param("a pipe", 0o600, "it is no file of one key", marks=pytest.mark.slow),
     ],
 )
 def test_key_file_that_cannot_be_used(content, mode, words, box, box_variables, tmp_path):
     key_file = tmp_path / "key"
-    if content is not None:
+    if content == "a pipe":  # which nobody will ever write into
+        os.mkfifo(key_file, mode)
+    elif content is not None:
         key_file.write_text(content)
         key_file.chmod(mode)
     variables = box_variables | {"AM_SC_API_KEY_FILE": str(key_file)}
@@ -289,6 +300,9 @@ def test_bearer_token(box, box_variables, tmp_path):
     box.key, box.token = "another key", token
     del box_variables["AM_SC_API_KEY"]
     variables = box_variables | {"MLFLOW_TRACKING_TOKEN": token + "\n"}
+    # With this, `requests` would send the password in place of the token.
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password of-another-place")
+    variables["HOME"] = str(tmp_path)
     finished = run("train_mnist_mlflow.py", "--dataset", "digits", cwd=tmp_path, **variables)
     assert finished.out.splitlines()[0].endswith("(from MLFLOW_TRACKING_URI; bearer token)")
     assert box.artifact_uploads()
@@ -330,7 +344,7 @@ def test_check_finds_all_well_and_cleans_up(box, box_variables, leftovers, serve
     found = finished.result
     assert found["exit_code"] == 0 and found["failures"] == []
     lines = finished.out.splitlines()
-    assert len(lines) == len(found) - 2 + 1 == 19
+    assert len(lines) == len(found) - 2 + 1 == 18
     assert found["address"] == f"{box.uri}  (from MLFLOW_TRACKING_URI)"
     assert found["credential"] == "X-Api-Key from AM_SC_API_KEY"
     assert found["ca_bundle"] == f"{tls[1]}  (from --ca_bundle)"
@@ -368,7 +382,41 @@ def test_check_of_each_permission(path, code, name, goes_on, box, box_variables,
     assert ("multipart" in finished.result) == goes_on
     assert [value for value in finished.result.values() if "FAILED" in str(value)] == [
         f"FAILED, exit code {code}"
-    ] or name == "artifact"  # where files cannot be written, they cannot be deleted either
+    ] or name in ("artifact", "registry")  # what cannot be written cannot be deleted either
+
+
+@pytest.mark.slow
+def test_check_deletes_what_it_was_told_it_could_not_make(box, box_variables, leftovers, tmp_path):
+    """A gateway gives up on an answer, and the server has made the experiment all the same."""
+    before = leftovers()
+    box.fault, box.fault_on = "late", lambda method, path: "experiments/create" in path
+    run(CHECK, cwd=tmp_path, code=failures.UNAVAILABLE, **box_variables)
+    assert leftovers() == before
+
+
+@pytest.mark.slow
+def test_details_that_a_gateway_hides_do_not_fail_the_check(box, box_variables, tmp_path):
+    box.fault = "login"
+    box.fault_on = lambda method, path: path in ("/version", "/api/3.0/mlflow/server-info")
+    box.body_limit = 1_500_000
+    found = run(CHECK, cwd=tmp_path, **box_variables).result
+    assert found["versions"].startswith("server MLflow of unknown version")
+    assert found["multipart"] == "not offered by the server"
+
+
+@pytest.mark.slow
+def test_server_on_this_machine_is_not_reached_through_a_proxy(server, tmp_path):
+    """An ssh tunnel on a node with a proxy: over plain http, the proxy would read the key."""
+    with Gateway(server, KEY, body_limit=1_500_000) as box, Gateway(server, None) as proxy:
+        found = run(
+            CHECK,
+            cwd=tmp_path,
+            MLFLOW_TRACKING_URI=box.uri,
+            AM_SC_API_KEY=KEY,
+            http_proxy=proxy.uri,
+        ).result
+        assert found["access"] == "granted" and found["tls"] == "none: plain http"
+        assert proxy.requests == []
 
 
 @pytest.mark.slow
@@ -389,6 +437,10 @@ def test_check_of_the_clock(box, box_variables, tmp_path):
         ({"MLFLOW_TRACKING_SERVER_CERT_PATH": "/none.pem"}, failures.TLS, "no PEM certificates"),
         ({"MLFLOW_TRACKING_SERVER_CERT_PATH": ""}, failures.TLS, "no trusted TLS connection"),
         ({"https_proxy": "http://127.0.0.1:9"}, failures.PROXY, "the proxy on the way to"),
+        ({"https_proxy": "http://me:pa#ss@127.0.0.1:9"}, 10, "is no address"),
+        ({"https_proxy": "socks5://127.0.0.1:9"}, 10, "pip install pysocks"),
+        ({"MLFLOW_HTTP_REQUEST_TIMEOUT": "soon"}, 10, "has an impossible value"),
+        ({"MLFLOW_TRACKING_CLIENT_CERT_PATH": "/none.pem"}, failures.TLS, "no PEM certificates"),
     ],
 )
 def test_check_of_what_the_user_has_set(variables, code, words, box, box_variables, tmp_path):

@@ -312,7 +312,8 @@ LARGE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import mlflow
-from common import tracking
+from common import credentials, tracking
+credentials.send_api_key()
 tracking.connect()
 mlflow.set_experiment("large")
 with mlflow.start_run() as run:

@@ -81,13 +81,15 @@ def test_insecure_and_ca_bundle_contradict(box, tls, tmp_path):
     "uri",
     [
         *("localhost:5000", "file:///tmp/mlruns", "ftp://host", "mlruns", "SQLITE:///mlflow.db"),
+        *("https://:pa55word@host", "http+unix://x", "https://a..b", "https://a\nb"),
         *("http://[abc", "http://127.0.0.1:abc", "http://a b", "http://host/?token=secret"),
         *("sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://mlflow.db"),
     ],
 )
 def test_address_of_no_server(uri, tmp_path):
     error = train("--tracking_uri", uri, cwd=tmp_path)
-    assert "the tracking address" in error and "secret" not in error
+    assert "the tracking address" in error
+    assert "secret" not in error and "pa55word" not in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,9 +4,11 @@ import os
 import sys
 import urllib.request
 
+import mlflow
 import pytest
 from conftest import ROOT, clean_environment, free_port, mlflow_server, run, serving
 from gateway import Gateway
+from mlflow.tracking.request_header import registry
 
 from common import failures
 
@@ -117,15 +119,60 @@ def test_no_traceback_holds_a_secret(tmp_path):
         "import os, sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "import mlflow\n"
-        "from common import failures, tracking\n"
+        "from common import credentials, failures\n"
         "failures.explain()\n"
         "mlflow.set_tracking_uri('https://127.0.0.1:9')\n"
-        "tracking.send_api_key()\n"
+        "credentials.send_api_key()\n"
+        "credentials.ApiKeyHeader().request_headers()\n"
         "raise ValueError(os.environ['AM_SC_API_KEY'] + os.environ['MLFLOW_TRACKING_TOKEN'])\n"
     )
     variables = {"AM_SC_API_KEY": KEY, "MLFLOW_TRACKING_TOKEN": TOKEN}
     finished = run(script, ROOT, cwd=tmp_path, code=1, **variables)
     assert "Traceback" in finished.err and "ValueError: <secret><secret>" in finished.err
+
+
+def test_what_servers_repeat_is_struck_out(monkeypatch):
+    """Keys before the present one, too; quoted as HTML and JSON; a password in Basic's code."""
+    from common import credentials
+
+    monkeypatch.setattr(registry._request_header_provider_registry, "_registry", [])
+    credentials.send_api_key()
+    mlflow.set_tracking_uri("https://127.0.0.1:9")
+    (provider,) = registry._request_header_provider_registry
+    for key in ("first&key-0123", "second-key-0123"):
+        monkeypatch.setenv("AM_SC_API_KEY", key)
+        provider.request_headers()
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pa55word")
+    text = "first&key-0123 first&amp;key-0123 second-key-0123 pa55word Basic bWU6cGE1NXdvcmQ= seen"
+    shown = failures.without_secrets(text)
+    assert shown == "<secret> <secret> <secret> <secret> Basic <secret> seen"
+    monkeypatch.setenv("AM_SC_API_KEY", "e")
+    provider.request_headers()
+    assert failures.without_secrets("these") == "these"
+
+
+def test_artifacts_of_a_new_experiment_elsewhere_do_not_get_the_key(tls, tmp_path):
+    """The server decides where a new experiment keeps its files; here, on another server."""
+    with (
+        Gateway("http://127.0.0.1:9", None, tls=tls[0]) as elsewhere,
+        mlflow_server(
+            tmp_path,
+            *("--default-artifact-root", elsewhere.uri.replace("https", "mlflow-artifacts")),
+        ) as server,
+        Gateway(server, KEY, tls=tls[0]) as box,
+    ):
+        variables = {
+            "MLFLOW_TRACKING_URI": box.uri,
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(tls[1]),
+            "AM_SC_API_KEY": KEY,
+        }
+        train = ("train_mnist_mlflow.py", "--dataset", "digits")
+        finished = run(*train, cwd=tmp_path, code=1, **variables)
+        assert "the artifacts lie on another server" in finished.error
+        finished = run("scripts/check_connection.py", cwd=tmp_path, code=30, **variables)
+        assert "the artifacts lie on another server" in finished.error
+        assert box.requests and elsewhere.requests == []
 
 
 # An object store behind the server: large files go to it in parts, past the gateway.
@@ -154,7 +201,9 @@ def s3_server(object_store, tmp_path_factory):
         "AWS_SECRET_ACCESS_KEY": "store-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    with mlflow_server(tmp_path_factory.mktemp("s3"), "s3://models/art", **variables) as uri:
+    with mlflow_server(
+        tmp_path_factory.mktemp("s3"), artifacts="s3://models/art", **variables
+    ) as uri:
         yield uri
 
 

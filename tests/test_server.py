@@ -200,9 +200,9 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import mlflow
 from mlflow.tracking.request_header.registry import resolve_request_headers
-from common import tracking
-tracking.send_api_key()
-tracking.send_api_key()
+from common import credentials
+credentials.send_api_key()
+credentials.send_api_key()
 for uri in sys.argv[2:]:
     mlflow.set_tracking_uri(uri)
     print(uri, resolve_request_headers().get("X-Api-Key"))
