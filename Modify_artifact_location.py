@@ -105,8 +105,8 @@ def main(argv=None):
 
     # 1. Connect, check the folder, and load the data: whatever is wrong shows now.
     folder = shared_storage.prepare(args.target_path)
-    failures.explain()
-    credentials.send_api_key()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     shared_storage.check_experiment(args.experiment, folder)
     train = data.load(args.dataset, args.data_dir, train=True)

@@ -56,8 +56,8 @@ def main(argv=None):
     )
 
     # 1. Connect, and find the run, its model and the test set that it was scored on.
-    failures.explain()
-    credentials.send_api_key()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle)
     run = runs.finished_run(args.run_id)
     tracking.check_artifact_location(run.info.artifact_uri)

@@ -96,8 +96,8 @@ def main(argv=None):
     )
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    failures.explain()
-    credentials.send_api_key()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     train = data.load(args.dataset, args.data_dir, train=True)
     test = data.load(args.dataset, args.data_dir, train=False)

@@ -79,8 +79,8 @@ def main(argv=None):
     )
 
     # 1. Read the weights, connect, score: whatever is wrong shows before anything is logged.
-    failures.explain()
-    credentials.send_api_key()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     path = Path(args.model_path)
     if args.in_place:
         path = Path(os.path.abspath(path))
