@@ -91,6 +91,29 @@ def run(script, *arguments, cwd, code=0, timeout=600, **variables):
     return finished
 
 
+@contextlib.contextmanager
+def training(cwd, *arguments, **variables):
+    """The training script as a process, its output to be read as it comes; killed on leaving."""
+    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
+    process = subprocess.Popen(
+        [*command, *arguments],
+        cwd=cwd,
+        env=clean_environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_line(process, start):
+    return next(line for line in process.stdout if line.startswith(start))
+
+
 def write_idx(path, array):
     """Write a numpy array of uint8 in the format of the MNIST files."""
     magic = bytes([0, 0, 8, array.ndim])

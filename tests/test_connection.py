@@ -4,7 +4,6 @@ A fault that is there from the start ends every script before it does any work; 
 the middle ends the run as FAILED. scripts/check_connection.py tells them apart one by one.
 """
 
-import contextlib
 import os
 import re
 import select
@@ -18,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import gateway
 import mlflow
 import pytest
-from conftest import KEY, ROOT, SCRIPTS, clean_environment, run
+from conftest import KEY, ROOT, SCRIPTS, clean_environment, run, training, wait_for_line
 from gateway import Gateway
 
 from common import failures
@@ -166,29 +165,6 @@ def test_fault_at_the_upload_fails_the_run(fault, code, words, box, box_variable
     models = client.search_logged_models([experiment.experiment_id])
     assert {model.status for model in models} <= {"FAILED"}
     assert not client.search_registered_models(f"name = 'NEVER_{fault}'")
-
-
-@contextlib.contextmanager
-def training(cwd, *arguments, **variables):
-    """The training script as a process, its stdout line by line; killed on leaving."""
-    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
-    process = subprocess.Popen(
-        [*command, *arguments],
-        cwd=cwd,
-        env=clean_environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for_line(process, start):
-    return next(line for line in process.stdout if line.startswith(start))
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """How runs end, and what is promoted: no zombie, no alias on a model that was not checked."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,31 +12,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import KEY, ROOT, clean_environment, run
+from conftest import KEY, ROOT, clean_environment, run, training, wait_for_line
 from gateway import Gateway
 
-
-@contextlib.contextmanager
-def endless_training(cwd, **variables):
-    """The training script as a process that would go on for hours; killed on leaving."""
-    command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py")]
-    process = subprocess.Popen(
-        [*command, "--dataset", "digits", "--epochs", "10000"],
-        cwd=cwd,
-        env=clean_environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for_line(process, start):
-    return next(line for line in process.stdout if line.startswith(start))
+FOR_HOURS = ("--epochs", "10000")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +24,7 @@ def wait_for_line(process, start):
 )
 def test_signal_ends_the_run_as_killed(number, code, tmp_path):
     """SIGTERM is what a batch system sends; Ctrl-C what a user does."""
-    with endless_training(tmp_path) as process:
+    with training(tmp_path, *FOR_HOURS) as process:
         wait_for_line(process, "epoch 2/")
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -64,7 +42,7 @@ def test_signal_while_the_server_is_away_ends_within_the_time_that_slurm_leaves(
     """30 seconds lie between SIGTERM and SIGKILL. The run cannot be marked, and that is said."""
     with Gateway(server, KEY) as gateway:
         variables = {"MLFLOW_TRACKING_URI": gateway.uri, "AM_SC_API_KEY": KEY}
-        with endless_training(tmp_path, **variables) as process:
+        with training(tmp_path, *FOR_HOURS, **variables) as process:
             wait_for_line(process, "epoch 2/")
             gateway.fault = (503, {}, b"away")
             time.sleep(5)
@@ -240,7 +218,7 @@ def test_run_of_an_older_script(factor, form, message, tmp_path):
 @pytest.mark.slow
 def test_killed_outright_stays_running_and_is_refused(tmp_path):
     """What nobody can catch: SIGKILL. The next script says so."""
-    with endless_training(tmp_path) as process:
+    with training(tmp_path, *FOR_HOURS) as process:
         run_id = wait_for_line(process, "run ").split()[1]
     finished = run("register_and_inference.py", "--run_id", run_id, cwd=tmp_path, code=1)
     assert "is RUNNING" in finished.error and "killed outright" in finished.error
