@@ -29,6 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+CHUNK = 5 * 10**6  # bytes that dd writes at a time
 SERVER_EXPERIMENT, SHARED_EXPERIMENT = "through_the_server", "on_the_shared_folder"
 
 
@@ -116,6 +117,8 @@ def one_size(size, repeats, folder, proxy, writes, loads):
         )
     assert len(answer - {None}) == 1, "the ways do not give the same answer"
     subprocess.run(["rm", "-r", folder / "artifacts", folder / "shared"], check=True)
+    for file in [*folder.glob("*.dd"), *folder.glob("*.pt2")]:
+        file.unlink()
 
 
 def print_table(title, columns, rows):
@@ -140,15 +143,21 @@ def processor():
 
 
 def bare_disk(folder, size, name):
-    """As many zeros, by dd."""
-    file = folder / f"{name}.dd"
-    count = round(size * 1e9 / 2**20)
-    command = ["dd", "if=/dev/zero", f"of={file}", "bs=1M", f"count={count}", "conv=fsync"]
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    seconds = time.perf_counter() - start
-    file.unlink()
-    return {"seconds": seconds, "size": count * 2**20, "memory": None, "answer": None}
+    """As many bytes, by dd. Not zeros, which some disks do not write; and the file stays.
+
+    Else the next contender would get its blocks, and disks are faster where they have just written.
+    """
+    file, count = folder / f"{name}.dd", round(size * 1e9 / CHUNK)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        source, random = Path(memory, "random"), os.urandom(CHUNK)
+        with source.open("wb") as content:
+            for _ in range(count):
+                content.write(random)
+        command = ["dd", f"if={source}", f"of={file}", f"bs={CHUNK}", "conv=fsync"]
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "size": count * CHUNK, "memory": None, "answer": None}
 
 
 def log_to_server(folder, size, name):
@@ -204,9 +213,7 @@ def write_weights(folder, size, name):
     torch.export.save(empty, file)
     with cost.measured() as written:
         archive.write_weights(file, network.state_dict())
-    result = written_result(written, file, network)
-    file.unlink()
-    return result
+    return written_result(written, file, network)
 
 
 def written_result(written, file, network):

@@ -83,11 +83,12 @@ def test_every_fault_is_injected():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "code", "words", "script"),
-    [(*fault, SCRIPTS[i % len(SCRIPTS)]) for i, fault in enumerate(FAULTS)],
+    ("fault", "script"),
+    list(zip(("401", "503", "login", "hang", "down"), SCRIPTS, strict=True)),
 )
-def test_fault_before_work_starts(fault, code, words, script, box, box_variables, folder):
-    """Each of the five scripts meets two or three of the faults; what they share is `connect`."""
+def test_fault_before_work_starts(fault, script, box, box_variables, folder):
+    """One for each script: what they share is `connect`, which the check below meets with all."""
+    code, words = {name: rest for name, *rest in FAULTS}[fault]
     before = sorted(folder.iterdir())
     break_down(box, fault)
     error = fails(script, code=code, cwd=folder, **box_variables)
@@ -242,9 +243,9 @@ def test_key_file_that_cannot_be_used(content, mode, words, box, box_variables, 
     assert words in finished.error
     assert KEY not in finished.out + finished.err
     assert box.requests == []
-    error = fails("train_mnist_mlflow.py", code=1, cwd=tmp_path, **variables)
-    assert words in error
-    assert box.requests == []
+    if mode == 0o604:
+        assert words in fails("train_mnist_mlflow.py", code=1, cwd=tmp_path, **variables)
+        assert box.requests == []
 
 
 @pytest.mark.slow
