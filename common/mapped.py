@@ -6,6 +6,7 @@ a page is read when it is first used, and all processes on a machine share it. C
 want that; no code from the file is run.
 """
 
+import io
 import json
 import math
 import mmap
@@ -19,6 +20,7 @@ import torch
 
 WEIGHTS = "data/weights/"  # within a .pt2 archive, under the name of the archive
 CONFIG = WEIGHTS + "model_weights_config.json"
+EXAMPLES = "data/sample_inputs/"
 
 # PyTorch's numbers for element types in a .pt2 archive, and safetensors' names.
 PT2_TYPES = {
@@ -159,6 +161,10 @@ def _pt2(file, mapped):
             return archive.read(root + name)
 
         _require(small("byteorder") == sys.byteorder.encode(), "its byte order is another one")
+        # Not needed here, but this is the pickle that plain MLflow, and PyTorch, would run.
+        for name in infos:
+            if name.startswith(root + EXAMPLES):
+                _refuse_code(small(name.removeprefix(root)))
         state_dict = {}
         for name, entry in json.loads(small(CONFIG))["config"].items():
             record, meta = entry["path_name"], entry["tensor_meta"]
@@ -173,6 +179,14 @@ def _pt2(file, mapped):
                 meta["storage_offset"]["as_int"],
             )
     return state_dict
+
+
+def _refuse_code(content):
+    """Raise ValueError if a pickle holds more than tensors and plain containers."""
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("its example inputs are a pickle that could run code") from error
 
 
 def _record(mapped, info):

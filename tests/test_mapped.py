@@ -214,20 +214,33 @@ class RunsCode:
         return open, ("code-was-run", "w")
 
 
-def test_no_code_from_the_file_is_run(pt2, network, tmp_path):
-    """A pickle in every place of the archive where PyTorch would load one, and one for weights."""
-    path = tmp_path / "model.pt2"
+@pytest.mark.parametrize("planted", [".pt", "constants_config.json", "models/model.json"])
+def test_no_code_from_the_file_is_run(planted, pt2, network, tmp_path):
+    """A pickle in each place of the archive where PyTorch would load one.
+
+    The example inputs are one by design, and are refused; of the others nothing is looked at.
+    """
+    path, replaced = tmp_path / "model.pt2", 0
     with zipfile.ZipFile(pt2[0]) as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():
             content = old.read(name)
-            if name.endswith((".pt", "constants_config.json", "models/model.json")):
-                content = pickle.dumps(RunsCode())
+            if name.endswith(planted):
+                content, replaced = pickle.dumps(RunsCode(), protocol=2), replaced + 1
             write_aligned(new, name, content)
-    assert_same(mapped.load(model.MNISTCNN, path), network)  # only the weights are looked at
+    assert replaced
+    if planted == ".pt":
+        with pytest.raises(SystemExit, match="a pickle that could run code"):
+            mapped.load(model.MNISTCNN, path)
+    else:
+        assert_same(mapped.load(model.MNISTCNN, path), network)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_no_code_from_a_state_dict_is_run(tmp_path):
     torch.save(RunsCode(), tmp_path / "w.pth")
     with pytest.raises(SystemExit, match="cannot be mapped"):
         mapped.load(model.MNISTCNN, tmp_path / "w.pth")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt2", "w.pth"]
+    assert [file.name for file in tmp_path.iterdir()] == ["w.pth"]
 
 
 def test_buffer_that_no_file_holds(tmp_path):
