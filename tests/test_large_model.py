@@ -20,6 +20,9 @@ from conftest import ROOT, clean_environment, run
 PAIR = "Modify_artifact_location_register_inference.py"
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def large():
     """(working directory, target path, the finished training script).
@@ -118,7 +121,6 @@ def test_the_group_may_read_and_others_not(large):
     assert seen > 12
 
 
-@pytest.mark.slow
 def test_register_and_load_by_path(large, client):
     folder, target, trained = large
     before = files(target)
@@ -139,7 +141,6 @@ def test_register_and_load_by_path(large, client):
     assert metrics["load.network_bytes"] == 0 and metrics["load.seconds"] > 0
 
 
-@pytest.mark.slow
 def test_colleague_in_the_group_loads_it(large, tmp_path):
     """Another user, who may read and not write: the same script, in a process of that user's."""
     folder, target, trained = large
@@ -182,7 +183,6 @@ def work_as_colleague(folder, target, run_id):
     script.main([*flags, "THEIRS"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["changed", "truncated", "missing"])
 def test_file_that_is_no_longer_the_one_recorded(kind, large):
     """One bit in 4.8 MB changes no prediction: only --verify can tell."""
@@ -211,7 +211,6 @@ def test_file_that_is_no_longer_the_one_recorded(kind, large):
     assert client.search_model_versions("name = 'NEVER'") == []
 
 
-@pytest.mark.slow
 def test_killed_job_leaves_no_model_that_looks_finished(tmp_path):
     """SIGKILL while the model is being written, in the folder that will be renamed."""
     target = tmp_path / "t"
@@ -245,7 +244,6 @@ print(mlflow.pyfunc.load_model("models:/PLAIN@production").predict(
 """
 
 
-@pytest.mark.slow
 def test_plain_mlflow_loads_the_same_version(large, client, tmp_path):
     """As anyone would who knows MLflow and not this project, and allows no pickle."""
     store = f"sqlite:///{large[0]}/work/mlflow.db"
@@ -268,7 +266,6 @@ def test_plain_mlflow_loads_the_same_version(large, client, tmp_path):
     assert process.stdout.strip() == "(3, 10)", process.stderr
 
 
-@pytest.mark.slow
 def test_second_run_joins_the_experiment_and_register_promotes(large, client):
     folder, target, _ = large
     finished = run(
@@ -281,7 +278,6 @@ def test_second_run_joins_the_experiment_and_register_promotes(large, client):
     assert version.run_id == finished.result["run_id"]
 
 
-@pytest.mark.slow
 def test_other_target_path_for_the_same_experiment(large, tmp_path):
     folder, target, _ = large
     finished = run(
@@ -292,7 +288,6 @@ def test_other_target_path_for_the_same_experiment(large, tmp_path):
     assert f"keeps its files at {target.as_uri()}" in finished.error
 
 
-@pytest.mark.slow
 def test_run_whose_model_lies_elsewhere(local):
     """A model of the local store is a path, too: this pair takes it."""
     finished = run(
@@ -303,7 +298,6 @@ def test_run_whose_model_lies_elsewhere(local):
     assert finished.result["model_path"].startswith(str(local.folder / "mlruns"))
 
 
-@pytest.mark.slow
 def test_failed_write_leaves_nothing_that_looks_finished(tmp_path):
     """A limit on the size of a file stands for a full filesystem."""
     target = tmp_path / "t"
@@ -329,7 +323,6 @@ def test_failed_write_leaves_nothing_that_looks_finished(tmp_path):
     assert not [name for name in written if name.startswith("models/")]
 
 
-@pytest.mark.slow
 def test_the_benchmark_runs_and_counts_no_byte(tmp_path):
     """Small, for what does not depend on the size: what goes over the network and into TMPDIR."""
     finished = run(
