@@ -322,6 +322,7 @@ def _prepare_sqlite(uri):
 def _open_store(uri, experiment):
     """Return the experiment of a database if it exists; or raise SystemExit."""
     try:
+        mlflow.MlflowClient().search_experiments(max_results=1)
         return _find_experiment(experiment)
     except ImportError as error:  # the driver of a database
         raise SystemExit(
@@ -390,8 +391,4 @@ def _ask_for_experiments():
 
 
 def _find_experiment(name):
-    client = mlflow.MlflowClient()
-    if name:
-        return client.get_experiment_by_name(name)
-    client.search_experiments(max_results=1)
-    return None
+    return mlflow.MlflowClient().get_experiment_by_name(name) if name else None

@@ -102,10 +102,9 @@ def main(argv=None):
         return failure is None
 
     # What was made is deleted when the block is left, also by a signal.
-    name = f"connection_check_{uuid.uuid4().hex[:8]}"
+    check = SimpleNamespace(args=args, name=f"connection_check_{uuid.uuid4().hex[:8]}")
     try:
-        with contextlib.ExitStack() as cleanup:
-            check = SimpleNamespace(args=args, cleanup=cleanup, name=name)
+        with contextlib.ExitStack() as check.cleanup:
             for name, step, code, needed in steps:
                 if not passes(name, step, code) and needed:
                     break
