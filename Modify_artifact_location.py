@@ -21,7 +21,7 @@ def build_parser():
         "--batch_size",
         type=cli.whole_number(1),
         default=64,
-        help="pictures a step (default: %(default)s)",
+        help="pictures a step, of all processes together (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
@@ -63,6 +63,18 @@ def build_parser():
         help="seed of the weights and of the order of pictures (default: %(default)s)",
     )
     parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="where to train; auto: a GPU if there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="numbers to multiply; auto: bf16 where it is faster (default: %(default)s)",
+    )
+    parser.add_argument(
         "--target_path",
         type=cli.not_empty,
         required=True,
@@ -96,6 +108,7 @@ def main(argv=None):
         model_file,
         plots,
         predictions,
+        processes,
         provenance,
         runs,
         shared_storage,
@@ -104,22 +117,28 @@ def main(argv=None):
     )
 
     # 1. Connect, check the folder, and load the data: whatever is wrong shows now.
-    folder = shared_storage.prepare(args.target_path)
     failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-    shared_storage.check_experiment(args.experiment, folder)
-    train = data.load(args.dataset, args.data_dir, train=True)
-    test = data.load(args.dataset, args.data_dir, train=False)
+    world = processes.join()  # one process, unless torchrun, srun or mpiexec has started several
+    if world.rank == 0:
+        folder = shared_storage.prepare(args.target_path)
+        credentials.send_api_key()  # with every request to it, and with no other
+        tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+        shared_storage.check_experiment(args.experiment, folder)
+        shared_storage.check_space(folder, model.MNISTCNN())
+    with processes.in_turn(world):
+        train = data.load(args.dataset, args.data_dir, train=True)
+        test = data.load(args.dataset, args.data_dir, train=False)
 
-    device = training.best_device()
+    device = training.best_device(args.device, world.local_rank)
+    precision = training.best_precision(args.precision, device)
     torch.manual_seed(args.seed)
-    network = model.MNISTCNN().to(device)
-    shared_storage.check_space(folder, network)
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    order = torch.Generator().manual_seed(args.seed)
-    images, labels = train.images.to(device), train.labels.to(device)
-    test_images, test_labels = test.images.to(device), test.labels.to(device)
+    network = model.MNISTCNN().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, fused=True)
+    epochs = training.epochs(
+        network, optimizer, train, test, args.epochs, args.batch_size, args.seed, precision
+    )
+    if world.rank > 0:
+        return processes.follow(epochs)  # it trains along, and leaves MLflow to process 0
 
     # [MLflow 13] create_experiment: the only place where an artifact location can be set. MLflow
     # writes to a file:// location from here, on this machine; the server never sees the files.
@@ -140,12 +159,13 @@ def main(argv=None):
             description=args.note or None,
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        runs.always_ended(),
+        runs.always_ended(processes.another_ended),
     ):
         run_id = run.info.run_id
         print(
             f"run      {run_id}  experiment {args.experiment}  {runs.run_address(run)}", flush=True
         )
+        print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
 
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
         mlflow.set_tags(
@@ -168,6 +188,8 @@ def main(argv=None):
                 "seed": args.seed,
                 "dataset": args.dataset,
                 "device": device.type,
+                "precision": precision,
+                "processes": world.size,
             }
         )
         # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.
@@ -181,22 +203,21 @@ def main(argv=None):
             )
             mlflow.log_input(dataset, context=context)
 
-        for epoch in range(1, args.epochs + 1):
-            loss, seconds = training.train_epoch(
-                network, optimizer, images, labels, args.batch_size, order
-            )
-            network.eval()
-            scores = training.evaluate(network, test_images, test_labels)
+        for epoch in epochs:
             # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
-            mlflow.log_metrics({"train_loss": loss, "val_accuracy": scores.accuracy}, step=epoch)
+            mlflow.log_metrics(
+                {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy},
+                step=epoch.number,
+            )
             print(
-                f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  "
-                f"val_accuracy {scores.accuracy:.4f}  {seconds:.1f} s",
+                f"epoch {epoch.number}/{args.epochs}  loss {epoch.train_loss:.4f}  "
+                f"val_accuracy {epoch.val_accuracy:.4f}  {epoch.seconds:.1f} s",
                 flush=True,
             )
+        processes.leave()
 
         # Score once more from the CPU, where the model is stored from and where anyone can load it.
-        network = network.cpu().eval()
+        network = network.to("cpu", memory_format=torch.contiguous_format).eval()
         scores = training.evaluate(network, test.images, test.labels)
 
         # [MLflow 7] log_figure: a picture in the tab "Artifacts", with no file left behind here.
@@ -219,7 +240,7 @@ def main(argv=None):
         "run_id": run_id,
         "model_uri": model_uri,
         "model_path": str(file.path),
-        "train_loss": loss,
+        "train_loss": epoch.train_loss,
         "val_accuracy": scores.accuracy,
     }
 

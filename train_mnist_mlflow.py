@@ -23,7 +23,7 @@ def build_parser():
         "--batch_size",
         type=cli.whole_number(1),
         default=64,
-        help="pictures a step (default: %(default)s)",
+        help="pictures a step, of all processes together (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
@@ -64,6 +64,18 @@ def build_parser():
         default=0,
         help="seed of the weights and of the order of pictures (default: %(default)s)",
     )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="where to train; auto: a GPU if there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="numbers to multiply; auto: bf16 where it is faster (default: %(default)s)",
+    )
     cli.add_data_arguments(parser)
     cli.add_server_arguments(parser, EXPERIMENT)
     return parser
@@ -89,6 +101,7 @@ def main(argv=None):
         model,
         plots,
         predictions,
+        processes,
         provenance,
         runs,
         tracking,
@@ -97,18 +110,24 @@ def main(argv=None):
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
     failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-    train = data.load(args.dataset, args.data_dir, train=True)
-    test = data.load(args.dataset, args.data_dir, train=False)
+    world = processes.join()  # one process, unless torchrun, srun or mpiexec has started several
+    if world.rank == 0:
+        credentials.send_api_key()  # with every request to it, and with no other
+        tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    with processes.in_turn(world):
+        train = data.load(args.dataset, args.data_dir, train=True)
+        test = data.load(args.dataset, args.data_dir, train=False)
 
-    device = training.best_device()
+    device = training.best_device(args.device, world.local_rank)
+    precision = training.best_precision(args.precision, device)
     torch.manual_seed(args.seed)
-    network = model.MNISTCNN().to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
-    order = torch.Generator().manual_seed(args.seed)
-    images, labels = train.images.to(device), train.labels.to(device)
-    test_images, test_labels = test.images.to(device), test.labels.to(device)
+    network = model.MNISTCNN().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, fused=True)
+    epochs = training.epochs(
+        network, optimizer, train, test, args.epochs, args.batch_size, args.seed, precision
+    )
+    if world.rank > 0:
+        return processes.follow(epochs)  # it trains along, and leaves MLflow to process 0
 
     # [MLflow 1] set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
@@ -125,12 +144,13 @@ def main(argv=None):
             description=args.note or None,
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        runs.always_ended(),
+        runs.always_ended(processes.another_ended),
     ):
         run_id = run.info.run_id
         print(
             f"run      {run_id}  experiment {args.experiment}  {runs.run_address(run)}", flush=True
         )
+        print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
 
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
         mlflow.set_tags(
@@ -153,6 +173,8 @@ def main(argv=None):
                 "seed": args.seed,
                 "dataset": args.dataset,
                 "device": device.type,
+                "precision": precision,
+                "processes": world.size,
             }
         )
         # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.
@@ -166,22 +188,21 @@ def main(argv=None):
             )
             mlflow.log_input(dataset, context=context)
 
-        for epoch in range(1, args.epochs + 1):
-            loss, seconds = training.train_epoch(
-                network, optimizer, images, labels, args.batch_size, order
-            )
-            network.eval()
-            scores = training.evaluate(network, test_images, test_labels)
+        for epoch in epochs:
             # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
-            mlflow.log_metrics({"train_loss": loss, "val_accuracy": scores.accuracy}, step=epoch)
+            mlflow.log_metrics(
+                {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy},
+                step=epoch.number,
+            )
             print(
-                f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  "
-                f"val_accuracy {scores.accuracy:.4f}  {seconds:.1f} s",
+                f"epoch {epoch.number}/{args.epochs}  loss {epoch.train_loss:.4f}  "
+                f"val_accuracy {epoch.val_accuracy:.4f}  {epoch.seconds:.1f} s",
                 flush=True,
             )
+        processes.leave()
 
         # Score once more from the CPU, where the model is stored from and where anyone can load it.
-        network = network.cpu().eval()
+        network = network.to("cpu", memory_format=torch.contiguous_format).eval()
         scores = training.evaluate(network, test.images, test.labels)
 
         # [MLflow 7] log_figure: a picture in the tab "Artifacts", with no file left behind here.
@@ -210,7 +231,7 @@ def main(argv=None):
     result = {
         "run_id": run_id,
         "model_uri": logged.model_uri,
-        "train_loss": loss,
+        "train_loss": epoch.train_loss,
         "val_accuracy": scores.accuracy,
     }
 

@@ -72,13 +72,14 @@ def run_address(run):
 
 
 @contextlib.contextmanager
-def always_ended():
+def always_ended(another_ended=lambda: False):
     """Inside `with mlflow.start_run()`: end the run for certain, and in bounded time.
 
     KILLED on SIGTERM and on Ctrl-C, and the process exits with 143 or 130, as shells expect: a
     batch system sends SIGTERM when the time is up or the job is preempted, Python would die at
     once, and the run would be RUNNING for ever. FAILED on an error, which is raised again:
     `start_run` by itself would wait minutes for a server that is away, and then raise another.
+    FAILED, too, if the signal came because `another_ended()` of several processes.
     """
     received = []
 
@@ -92,7 +93,10 @@ def always_ended():
     try:
         yield
     except BaseException:
-        status = "KILLED" if received else "FAILED"
+        status = "KILLED" if received and not another_ended() else "FAILED"
+        if not received:  # torchrun may send SIGTERM right now: the run is ended first
+            for number in previous:
+                signal.signal(number, lambda number, frame: None)
         outcome = _end(status)
         if received:
             print(f"error: stopped by {received[0].name}; {outcome}.", file=sys.stderr, flush=True)
