@@ -96,6 +96,7 @@ def join():
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() == os.cpu_count():
         torch.set_num_threads(max(1, os.cpu_count() // world.local_size))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    hook = sys.excepthook  # torch's own, which the next call sets, swallows short messages
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     try:
         dist.init_process_group(backend, timeout=PATIENCE, rank=world.rank, world_size=world.size)
@@ -105,7 +106,7 @@ def join():
             f"error: the {world.size} processes do not meet at {host} port {port}: {reason}\n"
             "hint:  export MASTER_ADDR=<the node of process 0>, MASTER_PORT=<a free port there>."
         ) from error
-    sys.excepthook = _explain_loss(world, sys.excepthook)
+    sys.excepthook = _explain_loss(world, hook)
     signal.signal(signal.SIGTERM, _end_soon)
     if world.rank:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 0 says what there is to say

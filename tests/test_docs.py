@@ -167,8 +167,8 @@ def test_every_command_runs_and_prints_what_is_shown(reader, request):
             rows = json.loads(printed)["predictions"]
             assert [len(row) for row in rows] == [10, 10]
             answered = True
-    assert len(blocks) == 16
-    assert compared == (2 if remote else 6)
+    assert len(blocks) == 17
+    assert compared == (2 if remote else 7)
     assert answered or remote
 
 
