@@ -150,7 +150,7 @@ def matrix_rate(device, precision):
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     best, size = 0.0, 512  # some CPUs compute bfloat16 very slowly: grow as the time allows
-    while size <= (8192 if device == "cuda" else 4096):
+    while size <= (8192 if device == "cuda" else 2048):
         x = torch.randn(size, size, device=device).to(dtype)
         for _ in range(4):
             start = time.perf_counter()

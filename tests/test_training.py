@@ -367,7 +367,7 @@ def test_processes_that_do_not_meet_say_so(tmp_path):
 @pytest.mark.slow
 def test_benchmark_of_training_compares_equals(mnist_dir, tmp_path):
     finished = run(
-        *("benchmarks/train.py", "--epochs", 2, "--data_dir", mnist_dir, "--device", "cpu"),
+        *("benchmarks/train.py", "--epochs", 1, "--data_dir", mnist_dir, "--device", "cpu"),
         *("--contenders", "without_tracking", "textbook"),
         cwd=tmp_path,
     )
@@ -376,20 +376,18 @@ def test_benchmark_of_training_compares_equals(mnist_dir, tmp_path):
     table = [dict(zip(columns, way, strict=True)) for way in ways]
     assert [row["way"] for row in table] == ["the same without MLflow", "textbook loop"]
     for row in table:
-        assert float(row["accuracy"].rstrip("%")) > 80
+        assert float(row["accuracy"].rstrip("%")) > 70
         assert 0 < int(row["of the matrix rate"].split("%")[0]) <= 110
         assert float(row["s an epoch"]) * float(row["pictures/s"]) == pytest.approx(1437, rel=0.02)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_benchmark_of_scaling_trains_the_same_in_each_case(tmp_path):
-    finished = run(
-        *("benchmarks/scaling.py", "--dataset", "digits", "--epochs", 1, "--threads", 1),
-        cwd=tmp_path,
-    )
+def test_benchmark_of_scaling_trains_the_same_on_two_processes(local, tmp_path):
+    flags = ("--processes", 2, "--dataset", "digits", "--epochs", 1, "--threads", 1)
+    finished = run("benchmarks/scaling.py", *flags, cwd=tmp_path)
     rows = [line.strip("| ").split(" | ") for line in finished.out.splitlines() if "|" in line]
-    assert [row[0] for row in rows] == ["processes", "---", "1", "2"]
-    assert float(rows[2][5]) == pytest.approx(float(rows[3][5]), rel=1e-5)
-    assert rows[2][6] == rows[3][6]
+    assert [row[0] for row in rows] == ["processes", "---", "2"]
+    alone = mlflow.MlflowClient(local.uri).get_metric_history(local.run_id, "train_loss")
+    assert float(rows[2][5]) == pytest.approx(alone[0].value, rel=1e-5)
     assert list(tmp_path.iterdir()) == []
