@@ -61,6 +61,7 @@ def clean_environment(**variables):
         name: value
         for name, value in os.environ.items()
         if not name.upper().startswith(("MLFLOW_", "_MLFLOW_", "AM_SC_", "SLURM_", "PBS_", "LSB_"))
+        and not name.startswith(("RANK", "WORLD_", "LOCAL_", "MASTER_", "PMI", "PALS_", "OMPI_"))
         and name.lower() not in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
         and name not in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PYTHONPATH")
     }
