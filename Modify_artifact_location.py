@@ -300,22 +300,22 @@ def save_model_once(network, images, step):
     try:
         with cost.measured() as written, shared_storage.staged(path) as folder:
             # [MLflow 15] save_model: what log_model does, without the upload; here, also without
-            # the weights, which follow at the speed of the disk.
-            mlflow.pytorch.save_model(
-                archive.without_weights(network),
-                path=folder,
-                mlflow_model=description,
-                input_example=example,
-                signature=signature,
-                pip_requirements=model.pip_requirements(),
-            )
-            sha256 = archive.write_weights(folder / archive.MODEL_FILE, network.state_dict())
+            # the weights, which are written meanwhile, at the speed of the disk.
+            with archive.weights_written(folder, network.state_dict()) as weights:
+                mlflow.pytorch.save_model(
+                    archive.without_weights(network),
+                    path=folder,
+                    mlflow_model=description,
+                    input_example=example,
+                    signature=signature,
+                    pip_requirements=model.pip_requirements(),
+                )
             description.model_size_bytes = shared_storage.size_of(folder)
             description.save(folder / "MLmodel")
     except BaseException:  # a signal, too
         mlflow.finalize_logged_model(logged.model_id, "FAILED")
         raise
-    file = model_file.recorded(path / archive.MODEL_FILE, sha256)
+    file = model_file.recorded(path / archive.MODEL_FILE, weights.sha256.hexdigest())
     # [MLflow 16] finalize_logged_model, log_outputs: READY, and linked from the run's page. The
     # tags say which file it is; colleagues and later jobs check the file against them.
     mlflow.set_logged_model_tags(logged.model_id, file.tags)

@@ -117,8 +117,7 @@ def one_size(size, repeats, folder, proxy, writes, loads):
         )
     assert len(answer - {None}) == 1, "the ways do not give the same answer"
     subprocess.run(["rm", "-r", folder / "artifacts", folder / "shared"], check=True)
-    for file in [*folder.glob("*.dd"), *folder.glob("*.pt2")]:
-        file.unlink()
+    subprocess.run(["rm", "-r", *folder.glob("*.dd"), *folder.glob("write_weights_*")], check=True)
 
 
 def print_table(title, columns, rows):
@@ -208,11 +207,12 @@ def write_weights(folder, size, name):
     from common import archive, cost
 
     network = Layers.filled(size)
-    file = folder / f"{name}.pt2"
+    file = folder / name / archive.MODEL_FILE
+    file.parent.mkdir(parents=True)
     empty = torch.export.export(archive.without_weights(network), (torch.ones(2, network.width),))
     torch.export.save(empty, file)
-    with cost.measured() as written:
-        archive.write_weights(file, network.state_dict())
+    with cost.measured() as written, archive.weights_written(folder / name, network.state_dict()):
+        pass
     return written_result(written, file, network)
 
 

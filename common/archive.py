@@ -8,19 +8,21 @@ where they lie in memory. If you only want a file's SHA-256 without reading it b
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import struct
+import threading
 import zipfile
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 MODEL_FILE = "data/model.pt2"  # within the folder of a model that MLflow has saved
-WEIGHTS = "data/weights/"  # within the archive, under its name
+ROOT = "model/"  # within the archive: PyTorch takes the file's name
+WEIGHTS = "data/weights/"
 CONFIG = WEIGHTS + "model_weights_config.json"
 ALIGNMENT = 64  # bytes; PyTorch's own
 CHUNK = 16 * 2**20
@@ -39,38 +41,60 @@ def without_weights(network):
     return copy.deepcopy(network, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})
 
 
-def write_weights(path, state_dict):
-    """Put `state_dict` into the archive `path`, which was saved of `without_weights(network)`.
+@contextlib.contextmanager
+def weights_written(folder, state_dict):
+    """Write the weights of the model that is saved into `folder` in the block, and put them there.
 
-    Returns its SHA-256. Each byte is handed to the disk once, from where it lies in
-    memory; the SHA-256 is computed beside it, on a second core, as the bytes go by.
+    The block saves `without_weights(network)`; tracing it takes about a second, in which a thread
+    writes the weights beside `folder`. Each byte is handed to the disk once, from where it lies in
+    memory; the SHA-256 is computed meanwhile, on another core. Yields an object whose
+    `sha256.hexdigest()` is the file's when the block has ended. Raises OSError if the disk is full.
     """
-    path = Path(path)
-    whole = path.with_suffix(".whole")
-    with zipfile.ZipFile(path) as empty, _HashedFile(whole) as file:
-        root = empty.namelist()[0].split("/")[0] + "/"
-        config = json.loads(empty.read(root + CONFIG))
-        if config["config"].keys() != state_dict.keys():
-            raise RuntimeError(f"{path} is not the archive of this network")
-        with zipfile.ZipFile(file, "w") as archive:
-            records = {}  # tied weights are written once
-            for name, tensor in state_dict.items():
-                entry = config["config"][name]
-                key = (tensor.data_ptr(), tensor.dtype, tensor.size(), tensor.stride())
-                if key not in records:
-                    records[key] = f"weight_{len(records)}"
-                    _write_record(archive, file.tell(), root + WEIGHTS + records[key], tensor)
-                entry["path_name"] = records[key]
-                entry["tensor_meta"]["storage_offset"] = {"as_int": 0}
-            archive.writestr(root + CONFIG, json.dumps(config))
-            for name in empty.namelist():
-                if not name.startswith(root + WEIGHTS):
-                    archive.writestr(name, empty.read(name))
-    os.replace(whole, path)
-    return file.sha256.hexdigest()
+    whole, saved = folder.with_name(folder.name + ".weights"), folder / MODEL_FILE
+    stop = threading.Event()
+    with (
+        _HashedFile(whole) as file,
+        zipfile.ZipFile(file, "w") as archive,
+        concurrent.futures.ThreadPoolExecutor(1) as writer,
+    ):
+        records = writer.submit(_write_records, archive, file, state_dict, stop)
+        try:
+            yield file
+            _add_rest(archive, saved, records.result())
+        except BaseException:  # a signal, too: it does not wait for gigabytes
+            stop.set()
+            raise
+    os.replace(whole, saved)
 
 
-def _write_record(archive, position, name, tensor):
+def _write_records(archive, file, state_dict, stop):
+    """Append the weights, and return {name: its record}. Tied weights are written once."""
+    records, names = {}, {}
+    for name, tensor in state_dict.items():
+        key = (tensor.data_ptr(), tensor.dtype, tensor.size(), tensor.stride())
+        if key not in records:
+            records[key] = f"weight_{len(records)}"
+            _write_record(archive, file.tell(), ROOT + WEIGHTS + records[key], tensor, stop)
+        names[name] = records[key]
+    return names
+
+
+def _add_rest(archive, saved, records):
+    """Append all but the weights from the archive `saved`, which is then told where they lie."""
+    with zipfile.ZipFile(saved) as empty:
+        config = json.loads(empty.read(ROOT + CONFIG))
+        if config["config"].keys() != records.keys():
+            raise RuntimeError(f"{saved} is not the archive of this network")
+        for name, entry in config["config"].items():
+            entry["path_name"] = records[name]
+            entry["tensor_meta"]["storage_offset"] = {"as_int": 0}
+        archive.writestr(ROOT + CONFIG, json.dumps(config))
+        for name in empty.namelist():
+            if not name.startswith(ROOT + WEIGHTS):
+                archive.writestr(name, empty.read(name))
+
+
+def _write_record(archive, position, name, tensor, stop):
     """Append the bytes of `tensor`, aligned. They follow a header of 30 bytes, `name`, two extra
     fields: the padding, and the 20 bytes that say that the record may be larger than 4 GB.
     """
@@ -86,6 +110,8 @@ def _write_record(archive, position, name, tensor):
     content = memoryview(content.numpy())
     with archive.open(record, "w", force_zip64=True) as file:
         for start in range(0, len(content), CHUNK):
+            if stop.is_set():
+                return
             file.write(content[start : start + CHUNK])
 
 
@@ -96,7 +122,7 @@ class _HashedFile:
     """
 
     def __init__(self, path):
-        self.file = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self.sha256 = hashlib.sha256()
         self.hasher = concurrent.futures.ThreadPoolExecutor(1)
         self.flusher = concurrent.futures.ThreadPoolExecutor(1)

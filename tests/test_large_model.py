@@ -1,7 +1,6 @@
 """The large-model pair on a local store: files on the target path, and nowhere else."""
 
 import hashlib
-import multiprocessing
 import os
 import platform
 import resource
@@ -153,13 +152,11 @@ def test_colleague_in_the_group_loads_it(large, tmp_path):
             os.chown(path, 65534, -1)
     else:
         subprocess.run(["chmod", "-R", "a-w", target], check=True)
-    process = multiprocessing.get_context("fork").Process(
-        target=work_as_colleague, args=(theirs, target, trained.result["run_id"])
-    )
-    process.start()
-    process.join()
+    command = [sys.executable, "-c", COLLEAGUE, theirs, target, trained.result["run_id"]]
+    environment = clean_environment(PYTHONPATH=str(ROOT))
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     subprocess.run(["chmod", "-R", "u+w", target], check=True)
-    assert process.exitcode == 0
+    assert process.returncode == 0, process.stderr
     assert files(target) == before
     client = mlflow.MlflowClient(f"sqlite:///{theirs}/mlflow.db")
     assert (
@@ -168,19 +165,25 @@ def test_colleague_in_the_group_loads_it(large, tmp_path):
     )
 
 
-def work_as_colleague(folder, target, run_id):
-    import Modify_artifact_location_register_inference as script
+# The script itself is run once as we are: the other user may not read this Python's modules.
+COLLEAGUE = """
+import os, sys
+import Modify_artifact_location_register_inference as script
 
-    os.chdir(folder)
-    flags = ["--run_id", run_id, "--tracking_uri", "sqlite:///mlflow.db", "--model_name"]
-    # Once as we are: the other user may not be allowed to read this Python's modules.
-    script.main([*flags, "OURS"])
-    if os.getuid() == 0:
-        os.setgroups([])
-        os.setuid(65534)
-    with pytest.raises(PermissionError):
-        (target / "probe").touch()
+folder, target, run_id = sys.argv[1:]
+os.chdir(folder)
+flags = ["--run_id", run_id, "--tracking_uri", "sqlite:///mlflow.db", "--model_name"]
+script.main([*flags, "OURS"])
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setuid(65534)
+try:
+    open(target + "/probe", "w")
+except PermissionError:
     script.main([*flags, "THEIRS"])
+else:
+    sys.exit("the folder can be written to")
+"""
 
 
 @pytest.mark.parametrize("kind", ["changed", "truncated", "missing"])

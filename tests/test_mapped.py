@@ -21,6 +21,13 @@ def export(network, example, path):
     return path
 
 
+def save(network, example, folder):
+    """The same at the place where `save_model` puts it."""
+    path = folder / archive.MODEL_FILE
+    path.parent.mkdir(parents=True)
+    return export(network, example, path)
+
+
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
@@ -30,9 +37,10 @@ def network():
 @pytest.fixture(scope="module")
 def pt2(network, tmp_path_factory):
     """(the archive written by this project, the SHA-256 that it was said to have)."""
-    path = tmp_path_factory.mktemp("archive") / "model.pt2"
-    export(archive.without_weights(network), torch.rand(2, 1, 28, 28), path)
-    return path, archive.write_weights(path, network.state_dict())
+    folder = tmp_path_factory.mktemp("archive") / "folder"
+    with archive.weights_written(folder, network.state_dict()) as weights:
+        path = save(archive.without_weights(network), torch.rand(2, 1, 28, 28), folder)
+    return path, weights.sha256.hexdigest()
 
 
 def assert_same(one, other, count=3):
@@ -91,8 +99,8 @@ def test_odd_weights_survive(tmp_path):
     network = Odd()
     network.norm(torch.rand(16, 8))  # running statistics
     network.eval()
-    path = export(archive.without_weights(network), torch.rand(2, 8), tmp_path / "model.pt2")
-    archive.write_weights(path, network.state_dict())
+    with archive.weights_written(tmp_path / "folder", network.state_dict()):
+        path = save(archive.without_weights(network), torch.rand(2, 8), tmp_path / "folder")
     x = torch.rand(5, 8)
     with torch.inference_mode():
         expected = network(x)
@@ -281,10 +289,9 @@ def test_full_disk_is_an_error_and_leaves_nothing(network, tmp_path):
         pytest.raises(SystemExit, match="could not be written .*No space left"),
         shared_storage.staged(path) as folder,
     ):
-        export(archive.without_weights(network), torch.rand(2, 1, 28, 28), folder / "model.pt2")
-        (folder / "model.whole").symlink_to("/dev/full")
-        with (folder / "model.whole").open("wb", buffering=0) as file:
-            file.write(b"x")
+        path.with_name("artifacts.unfinished.weights").symlink_to("/dev/full")
+        with archive.weights_written(folder, network.state_dict()):
+            save(archive.without_weights(network), torch.rand(2, 1, 28, 28), folder)
     assert list(tmp_path.rglob("*")) == [tmp_path / "models"]
 
 

@@ -7,6 +7,7 @@ from conftest import REAL_DATA, REAL_MNIST, run
 pytestmark = [pytest.mark.slow, REAL_MNIST]
 
 
+@pytest.mark.timeout(1800)
 def test_five_epochs_at_the_defaults(tmp_path):
     """The guide's second command, word for word but for the folder of the data."""
     finished = run(
