@@ -49,7 +49,7 @@ def measured():
     cost.seconds = time.perf_counter() - start
     if known:
         cost.memory = max(0, _resident("VmHWM:") - memory)
-        cost.network = _network_bytes() - network
+        cost.network = sum(count - network.get(name, 0) for name, count in _network_bytes().items())
 
 
 def _resident(field):
@@ -58,14 +58,16 @@ def _resident(field):
 
 
 def _network_bytes():
-    total = 0
+    """{TCP connection: bytes that it has carried}; those that have closed are not among them."""
+    counts = {}
     for name in os.listdir("/proc/self/fd"):
         try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+            link = os.readlink(f"/proc/self/fd/{name}")
+            if not link.startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
-                total += sum(struct.unpack_from("QQ", info, TCP_INFO_BYTES))
+                counts[link] = sum(struct.unpack_from("QQ", info, TCP_INFO_BYTES))
         except OSError:  # closed meanwhile, or no TCP connection
             continue
-    return total
+    return counts

@@ -1,12 +1,14 @@
 """The parts of common/ by themselves, where a whole script would not show the difference."""
 
 import os
+import socket
 import subprocess
+import time
 
 import pytest
 import torch
 
-from common import data, model, provenance, training
+from common import cost, data, model, provenance, training
 
 
 def test_digits_are_the_same_everywhere_and_split_without_overlap():
@@ -82,6 +84,24 @@ def test_network_is_the_guides():
         "fc2.weight": (10, 128),
         "fc2.bias": (10,),
     }
+
+
+# What a step cost
+
+
+def test_connection_that_closes_meanwhile_does_not_count():
+    """Those of several processes do, when the first of them leaves."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        old, new = (socket.create_connection(server.getsockname()) for _ in range(2))
+        for connection in (old, new):
+            connection.sendall(b"x" * 1000)
+        time.sleep(0.2)  # until they are acknowledged
+        with cost.measured() as measured:
+            old.close()
+            new.sendall(b"x" * 500)
+            time.sleep(0.2)
+        new.close()
+    assert measured.network == 500
 
 
 # Where artifacts may lie
