@@ -335,7 +335,7 @@ def lightning(args):
         def __init__(self):
             super().__init__()
             self.network = textbook_network()
-            self.seconds, self.cpu, self.tracking = [], [], []
+            self.seconds, self.cpu_seconds, self.tracking = [], [], []
             self.first_step = None
 
         def training_step(self, batch, _):
@@ -357,7 +357,7 @@ def lightning(args):
 
         def on_validation_start(self):  # it validates before it ends the epoch
             self.seconds.append(time.perf_counter() - self.start)
-            self.cpu.append(time.process_time() - self.cpu_start)
+            self.cpu_seconds.append(time.process_time() - self.cpu_start)
             self.tracking.append(self.logged)
 
     class TimedLogger(MLFlowLogger):
@@ -380,7 +380,7 @@ def lightning(args):
     trainer.fit(learner, loaders["train"], loaders["test"])
     return {
         "seconds": learner.seconds,
-        "cpu": learner.cpu,
+        "cpu": learner.cpu_seconds,
         "pictures": len(loaders["train"].dataset),
         "accuracy": trainer.callback_metrics["val_accuracy"].item(),
         "precision": "fp32",
