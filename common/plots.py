@@ -7,6 +7,19 @@ memory.
 from matplotlib.figure import Figure
 
 
+def loss_curves_figure(curves, title, ylabel="loss"):
+    """Return a figure of curves over the epochs: `curves` is {label: [(epoch, value), ...]}."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(title=title, xlabel="epoch", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def confusion_matrix_figure(labels, predictions, class_names, title):
     """Return a figure of the confusion matrix with counts: one row a true class, one column a
     predicted class.

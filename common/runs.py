@@ -12,10 +12,10 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 
-def finished_run(run_id):
-    """Return the run `run_id`. Raises SystemExit if there is none, or if it did not finish."""
+def existing_run(run_id):
+    """Return the run `run_id`. Raises SystemExit if there is none."""
     try:
-        run = mlflow.get_run(run_id)
+        return mlflow.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -23,6 +23,11 @@ def finished_run(run_id):
             f"error: there is no run {run_id} on the tracking server named above.\n"
             "hint:  the training script prints the id in its line 'run', and the server before it."
         ) from error
+
+
+def finished_run(run_id):
+    """Return the run `run_id`. Raises SystemExit if there is none, or if it did not finish."""
+    run = existing_run(run_id)
     status = run.info.status
     if run.info.lifecycle_stage == "deleted":
         status = "DELETED"
@@ -39,23 +44,50 @@ def finished_run(run_id):
     return run
 
 
-def model_uri(run):
-    """Return the address of the model that `run` logged under the name "model".
+def latest_run(experiment_name):
+    """Return the run of the experiment that was started last.
 
-    That is `models:/m-...` since MLflow 3, and `runs:/RUN_ID/model` for a run of MLflow 2. With
+    Raises SystemExit if there is no such experiment, or no run in it.
+    """
+    experiment = mlflow.get_experiment_by_name(experiment_name)
+    if experiment is None:
+        raise SystemExit(
+            f"error: there is no experiment {experiment_name!r} on the tracking server named above.\n"
+            "hint:  train first, or give the --experiment and the server that you trained with."
+        )
+    found = mlflow.search_runs(
+        experiment_ids=[experiment.experiment_id],
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    if not found:
+        raise SystemExit(
+            f"error: the experiment {experiment_name!r} holds no run.\n"
+            "hint:  train first, or give another --experiment."
+        )
+    return found[0]
+
+
+def model_uri(run, name="model"):
+    """Return the address of the model that `run` logged under `name`, of any if that is None.
+
+    That is `models:/m-...` since MLflow 3, and `runs:/RUN_ID/NAME` for a run of MLflow 2. With
     several, the one of the largest step. Raises SystemExit if there is none.
     """
     logged = mlflow.search_logged_models(
         experiment_ids=[run.info.experiment_id],
-        filter_string=f"source_run_id = '{run.info.run_id}' AND name = 'model'",
+        filter_string=f"source_run_id = '{run.info.run_id}'"
+        + (f" AND name = '{name}'" if name else ""),
         output_format="list",
     )
     if ready := [model for model in logged if model.status == "READY"]:
         steps = {output.model_id: output.step for output in run.outputs.model_outputs}
         latest = max(ready, key=lambda model: steps.get(model.model_id, 0))
         return f"models:/{latest.model_id}"
-    if mlflow.MlflowClient().list_artifacts(run.info.run_id, "model"):
-        return f"runs:/{run.info.run_id}/model"
+    for folder in [name] if name else ["model", "pytorch_model"]:
+        if mlflow.MlflowClient().list_artifacts(run.info.run_id, folder):
+            return f"runs:/{run.info.run_id}/{folder}"
     raise SystemExit(
         f"error: the run {run.info.run_id} has no model to register.\n"
         "hint:  give the id of a run of train_mnist_mlflow.py, Modify_artifact_location.py or "
