@@ -131,6 +131,17 @@ def learning_rate(text):
     return value
 
 
+def fraction(text):
+    """Argument type: a number from 0 to below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:  # false for nan
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, not {text!r}")
+    return value
+
+
 def not_empty(text):
     """Argument type: any text but an empty one, which a job file makes of an unset variable."""
     if not text.strip():

@@ -38,9 +38,10 @@ class MNISTCNN(nn.Module):
 
 
 class SimpleCNN(nn.Module):
-    """Three 5x5 convolutions (16, 32, 64 channels), each pooled, three dense layers: 95,050 numbers.
+    """Three 5x5 convolutions (16, 32, 64 channels), each pooled, then three dense layers.
 
-    Input and output as above. Small enough to be trained many times over on a CPU.
+    Input and output as above. 95,050 numbers to learn: it can be trained many times over
+    on a CPU.
     """
 
     def __init__(self, dropout=0.25):
@@ -79,7 +80,7 @@ class SimpleMNIST(nn.Module):
 
 
 def summary(network):
-    """Return a table of the layers that have numbers to learn, as text: name, kind, shape, how many.
+    """Return a table of the layers that learn, as text: name, kind, shape of weights, numbers.
 
     The last line is their total.
     """

@@ -7,7 +7,7 @@ memory.
 from matplotlib.figure import Figure
 
 
-def loss_curves_figure(curves, title, ylabel="loss"):
+def curves_figure(curves, title, ylabel):
     """Return a figure of curves over the epochs: `curves` is {label: [(epoch, value), ...]}."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -16,7 +16,12 @@ def loss_curves_figure(curves, title, ylabel="loss"):
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=title, xlabel="epoch", ylabel=ylabel)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(curves) <= 10:
+        axes.legend()
+    else:  # beside the axes, as many as there are
+        figure.set_size_inches(11, 6)
+        columns = -(-len(curves) // 24)
+        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
     return figure
 
 

@@ -52,7 +52,7 @@ def latest_run(experiment_name):
     experiment = mlflow.get_experiment_by_name(experiment_name)
     if experiment is None:
         raise SystemExit(
-            f"error: there is no experiment {experiment_name!r} on the tracking server named above.\n"
+            f"error: there is no experiment {experiment_name!r} on the server named above.\n"
             "hint:  train first, or give the --experiment and the server that you trained with."
         )
     found = mlflow.search_runs(
@@ -123,8 +123,10 @@ def always_ended():
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except BaseException:
-        status = "KILLED" if received else "FAILED"
+    except BaseException as error:
+        # The exit codes come up from a run within this one (nested) that received the signal.
+        stopped = isinstance(error, SystemExit) and error.code in (130, 143)
+        status = "KILLED" if received or stopped else "FAILED"
         outcome = _end(status)
         if received:
             print(f"error: stopped by {received[0].name}; {outcome}.", file=sys.stderr, flush=True)

@@ -9,8 +9,8 @@
 
 You will see what is asked for, and a JSON object as the last line. MLflow has replaced stages by
 aliases: `transition` sets both, the alias being the stage in lower case, and every line that shows
-a stage shows the alias. In the MLflow UI both stand beside the version, under "Models". Each command
-takes --tracking_uri and --ca_bundle; COMMAND --help shows all.
+a stage shows the alias. In the MLflow UI both stand beside the version, under "Models". Each
+command takes --tracking_uri and --ca_bundle; COMMAND --help shows all.
 """
 
 import sys

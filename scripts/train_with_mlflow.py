@@ -118,13 +118,13 @@ def main(argv=None):
             dict(zip(table.columns, forest.feature_importances_.tolist(), strict=True)),
             "feature_importances.json",
         )
-        # log_model: the fourth artifact, linked from the run's page. The example fixes the columns
-        # that a request has to have; skops stores the forest without pickle, so that loading it runs
-        # no code. It does not check the indices in a tree, and so wants those trusted by name.
+        # log_model: the fourth artifact, linked from the run's page. The signature names the
+        # columns that a request has to have. skops stores the forest without pickle; it does not check the
+        # indices in a tree, and wants those trusted by name.
         logged = mlflow.sklearn.log_model(
             forest,
             name="model",
-            input_example=x_test[:2],
+            signature=mlflow.models.infer_signature(x_test, predicted),
             serialization_format="skops",
             skops_trusted_types=["sklearn.tree._tree.Tree"],
             pip_requirements=[f"{name}=={version(name)}" for name in ("scikit-learn", "skops")],

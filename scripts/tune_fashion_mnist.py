@@ -1,0 +1,396 @@
+"""Search for the best settings with Optuna: a run a study, a child run a trial (guide 5).
+
+    python scripts/tune_fashion_mnist.py --dataset digits --trials 6 --epochs 3
+    python scripts/tune_fashion_mnist.py --trials 40 --jobs 4 --storage sqlite:///study.db
+    python scripts/tune_fashion_mnist.py --config scripts/cfg/search.yaml
+
+Trials that do worse than most before them are given up early ("pruned"). With --storage, a study
+that was interrupted goes on where it was, and the same command on several nodes works on one study;
+between nodes, name a file on the shared filesystem in place of SQLite: --storage /shared/study.log.
+You will see a line for each trial, and a JSON object as the last line. In the MLflow UI the study
+is a run in "Image classification" with its trials folded below it, pictures of the study, and the
+best settings; the best trial has the tag best. Its model is registered like any other's.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
+
+from common import cli
+
+EXPERIMENT = "Image classification"  # the group of runs that this one joins
+STUDY = "fashion_mnist"  # a study of this name in the same storage goes on
+
+
+def build_parser():
+    parser = cli.parser(__doc__)
+    cli.add_config_argument(parser)
+    parser.add_argument(
+        "--trials",
+        type=cli.whole_number(1),
+        default=10,
+        help="trials that the study has in the end, pruned ones included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=cli.whole_number(1),
+        default=5,
+        help="passes over the training set in each trial (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=cli.whole_number(1),
+        default=1,
+        help="trials at a time, each in a process of its own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--storage",
+        type=cli.not_empty,
+        help="where the study is kept: sqlite:///FILE, another database, or the path of a log file "
+        "(default: nowhere, it ends with this command)",
+    )
+    parser.add_argument(
+        "--study",
+        type=cli.not_empty,
+        default=STUDY,
+        help="name of the study (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=cli.whole_number(0),
+        default=0,
+        help="seed of the search, the weights and the split (default: %(default)s)",
+    )
+    cli.add_data_arguments(parser, dataset="fashion_mnist")
+    cli.add_server_arguments(parser, EXPERIMENT)
+    return parser
+
+
+def main(argv=None):
+    args = cli.parse_with_config(build_parser(), argv)
+
+    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    import contextlib
+    import tempfile
+
+    import mlflow
+    import optuna
+
+    from common import data, failures, provenance, runs, tracking
+
+    # 1. Connect, load the data, open the study: whatever is wrong shows now.
+    failures.explain()
+    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    splits = data.hold_out(data.load(args.dataset, args.data_dir, train=True), seed=args.seed)
+    test = data.load(args.dataset, args.data_dir, train=False)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it prints each trial, and so do we
+
+    # set_experiment: like a project folder; on the left in the UI.
+    experiment_id = mlflow.set_experiment(args.experiment).experiment_id
+    with contextlib.ExitStack() as stack:
+        if not args.storage:  # a log file all the same, for the processes of --jobs
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            args.storage = f"{folder}/study.log"
+        settings = {name: getattr(args, name) for name in ("dataset", "epochs", "seed")}
+        study, parent_run_id = join_study(args, settings)
+
+        # 2. The parent run. With run_id, start_run opens the run of a study that goes on again.
+        stack.enter_context(
+            mlflow.start_run(
+                run_id=parent_run_id,
+                experiment_id=experiment_id,
+                run_name=None if parent_run_id else f"study {args.study}",
+            )
+        )
+        stack.enter_context(runs.always_ended())
+        parent = mlflow.active_run()
+        print(f"run      {parent.info.run_id}  study {args.study}  {runs.run_address(parent)}")
+        if not parent_run_id:
+            # set_tags, log_params: what holds for all trials stands with the parent.
+            mlflow.set_tags(
+                {
+                    "optuna.study": args.study,
+                    "owner": provenance.user(),
+                    **provenance.git_tags(__file__),
+                    **provenance.job_tags(),
+                }
+            )
+            mlflow.log_params(settings)
+            # Whoever joins the study from now on finds the parent run here.
+            study.set_user_attr("parent_run_id", parent.info.run_id)
+
+        # 3. The trials: in this process, or in several.
+        missing = args.trials - len(finished_trials(study))
+        if args.jobs == 1:
+            work(args, splits, parent.info.run_id, missing)
+        else:
+            work_in_processes(args, splits, parent.info.run_id, missing)
+
+        # 4. What came of it, on the parent.
+        result = conclude(study, test)
+    cli.print_result(run_id=parent.info.run_id, **result)
+
+
+def join_study(args, settings):
+    """Return (the study, the id of its parent run or None if this process is to make it)."""
+    import time
+
+    import optuna
+
+    # Of two processes that begin a study at the same moment, one succeeds here.
+    try:
+        study = optuna.create_study(
+            storage=open_storage(args.storage), study_name=args.study, direction="maximize"
+        )
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(storage=open_storage(args.storage), study_name=args.study)
+        deadline = time.monotonic() + 60
+        while "parent_run_id" not in study.user_attrs and time.monotonic() < deadline:
+            time.sleep(1)  # the other process is about to start the parent run
+    begun_with = study.user_attrs.get("settings", settings)
+    if begun_with != settings:
+        raise SystemExit(
+            f"error: the study {args.study!r} was begun with other settings, {begun_with}, and its "
+            "trials could not be compared with new ones.\n"
+            "hint:  give the same, or another --study."
+        )
+    study.set_user_attr("settings", settings)
+    return study, study.user_attrs.get("parent_run_id")
+
+
+def open_storage(storage):
+    """Return Optuna's storage: a database, or a log file, which a shared filesystem can hold."""
+    import optuna
+    import sqlalchemy
+
+    shown = storage
+    try:
+        if "://" in storage:
+            shown = sqlalchemy.engine.make_url(storage).render_as_string()  # hides the password
+            return optuna.storages.RDBStorage(storage)
+        backend = optuna.storages.journal.JournalFileBackend(storage)
+        return optuna.storages.JournalStorage(backend)
+    except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(
+            f"error: the study cannot be kept in {shown!r}: {reason}\n"
+            "hint:  --storage takes sqlite:///FILE, the address of a database, or a path, all in "
+            "a folder that exists."
+        ) from error
+
+
+def finished_trials(study):
+    """Return the trials that count: those that an interruption broke off do not."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def work(args, splits, parent_run_id, count, worker=0):
+    """Run up to `count` trials, as long as the study has fewer than --trials."""
+    import mlflow
+    import optuna
+    import torch
+
+    from common import model, runs, training
+
+    train, validation = splits
+    study = optuna.load_study(
+        storage=open_storage(args.storage),
+        study_name=args.study,
+        sampler=optuna.samplers.TPESampler(seed=(args.seed + worker) % 2**32),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
+    )
+    experiment_id = mlflow.get_run(parent_run_id).info.experiment_id
+    for _ in range(count):
+        if len(finished_trials(study)) >= args.trials:
+            break
+        trial = study.ask()
+        lr = trial.suggest_float("learning_rate", 1e-4, 3e-2, log=True)
+        batch_size = trial.suggest_categorical("batch_size", [32, 64, 128])
+        dropout = trial.suggest_float("dropout", 0.0, 0.5)
+        torch.manual_seed(args.seed + trial.number)
+        network = model.SimpleCNN(dropout).to(training.best_device())
+        optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+        try:
+            # start_run with parent_run_id: a child run, folded below the study in the UI.
+            with (
+                mlflow.start_run(
+                    experiment_id=experiment_id,
+                    run_name=f"trial {trial.number}",
+                    nested=True,
+                    parent_run_id=parent_run_id,
+                ) as run,
+                runs.always_ended(),
+            ):
+                trial.set_user_attr("run_id", run.info.run_id)
+                # log_params: the columns to compare trials by, in the UI's chart view too.
+                mlflow.log_params({**trial.params, "epochs": args.epochs, "dataset": args.dataset})
+                for epoch in training.epochs(
+                    network, optimizer, train, validation, args.epochs, batch_size, args.seed
+                ):
+                    # log_metrics: a point on each curve; in the child run, which is the open one.
+                    mlflow.log_metrics(
+                        {
+                            "train_loss": epoch.train_loss,
+                            "train_accuracy": epoch.train_accuracy,
+                            "val_loss": epoch.val_loss,
+                            "val_accuracy": epoch.val_accuracy,
+                        },
+                        step=epoch.number,
+                    )
+                    trial.report(epoch.val_accuracy, epoch.number)
+                    pruned = trial.should_prune() and epoch.number < args.epochs
+                    if pruned:
+                        break
+                state = "pruned" if pruned else "complete"
+                # set_tags: a pruned trial is no failure, its run ends as FINISHED; this tells them
+                # apart. Search for tags.optuna.state = 'complete'.
+                mlflow.set_tags({"optuna.trial": trial.number, "optuna.state": state})
+                if not pruned:
+                    # log_model: any trial may turn out to be the best one.
+                    mlflow.pytorch.log_model(
+                        network.cpu().eval(),
+                        name="model",
+                        input_example=model.input_example(validation.images),
+                        pip_requirements=model.pip_requirements(),
+                        step=epoch.number,
+                    )
+        except BaseException:  # also a signal: the study is not to wait for this trial
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise
+        if pruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, epoch.val_accuracy)
+        print(
+            f"trial    {trial.number}  val_accuracy {epoch.val_accuracy:.4f}  {state} after epoch "
+            f"{epoch.number}  learning_rate {lr:.5f}  batch_size {batch_size}  "
+            f"dropout {dropout:.2f}",
+            flush=True,
+        )
+
+
+def work_in_processes(args, splits, parent_run_id, count):
+    """Share the trials out. Processes, because torch's seed and MLflow's open run are one each."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
+    processes = []
+    try:
+        for worker in range(min(args.jobs, count)):
+            share = len(range(worker, count, args.jobs))
+            arguments = (args, splits, parent_run_id, share, worker)
+            processes.append(context.Process(target=work_alone, args=arguments))
+            processes[-1].start()
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()  # SIGTERM: their runs end as KILLED
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit(
+            "error: a process of the study ended early; its message stands above.\n"
+            "hint:  with --storage, the same command goes on with the study."
+        )
+
+
+def work_alone(args, splits, parent_run_id, count, worker):
+    """`work` in a process of its own: the address and TLS are in variables that it inherits."""
+    import optuna
+    import torch
+
+    from common import failures, tracking
+
+    failures.explain()
+    tracking.send_api_key()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
+    work(args, splits, parent_run_id, count, worker)
+
+
+def conclude(study, test):
+    """Mark the best trial, score its model on the test set, and log all that to the parent run."""
+    import tempfile
+    import warnings
+
+    import matplotlib
+
+    matplotlib.use("agg")  # Optuna draws with pyplot, which would look for a screen
+    import mlflow
+    import optuna
+    from matplotlib import pyplot
+    from optuna.trial import TrialState
+    from optuna.visualization import matplotlib as pictures
+
+    from common import runs, training
+
+    client, parent, best = mlflow.MlflowClient(), mlflow.active_run(), study.best_trial
+    trials = finished_trials(study)
+    pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
+    best_run = mlflow.get_run(best.user_attrs["run_id"])
+    marked = mlflow.search_runs(
+        experiment_ids=[parent.info.experiment_id],
+        filter_string=f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND tags.best = 'true'",
+        output_format="list",
+    )
+    for run in marked:  # of a study that went on
+        client.delete_tag(run.info.run_id, "best")
+    # set_tag with a run's id: the best child, found by tags.best = 'true'.
+    client.set_tag(best_run.info.run_id, "best", "true")
+
+    # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
+    with tempfile.TemporaryDirectory() as folder:
+        network = mlflow.pytorch.load_model(runs.model_uri(best_run), dst_path=folder)
+        scores = training.evaluate(network, test.images, test.labels)
+    # log_metrics: of the best trial, and only of that one on the test set.
+    mlflow.log_metrics(
+        {
+            "best_val_accuracy": best.value,
+            "test_accuracy": scores.accuracy,
+            "trials": len(trials),
+            "trials_pruned": pruned,
+        }
+    )
+    # The best settings. Parameters are written once; if the study is prolonged and a better trial
+    # found, only the tags move on.
+    settings = {f"best_{name}": value for name, value in best.params.items()}
+    mlflow.set_tags({"best_run_id": best_run.info.run_id, **settings})
+    if not settings.keys() & mlflow.get_run(parent.info.run_id).data.params.keys():
+        mlflow.log_params(settings)
+
+    # log_figure: pictures of the study, under "Artifacts".
+    drawings = {
+        "optimization_history": pictures.plot_optimization_history,
+        "intermediate_values": pictures.plot_intermediate_values,
+        "slice": pictures.plot_slice,
+    }
+    for name, draw in drawings.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            axes = draw(study)
+        figure = getattr(axes, "figure", None) or axes[0].figure
+        mlflow.log_figure(figure, f"study/{name}.png")
+        pyplot.close(figure)
+    print(
+        f"best     trial {best.number}  val_accuracy {best.value:.4f}  "
+        f"test_accuracy {scores.accuracy:.4f}  run {best_run.info.run_id}",
+        flush=True,
+    )
+    return {
+        "study": study.study_name,
+        "trials": len(trials),
+        "pruned": pruned,
+        "best_trial": best.number,
+        "best_run_id": best_run.info.run_id,
+        "best_params": best.params,
+        "best_val_accuracy": best.value,
+        "test_accuracy": scores.accuracy,
+    }
+
+
+if __name__ == "__main__":
+    main()
