@@ -25,6 +25,30 @@ def curves_figure(curves, title, ylabel):
     return figure
 
 
+def search_figure(trials, scores, parameters, title, ylabel):
+    """Return a figure of a search for settings: the score of each trial, then against each setting.
+
+    `trials` are the numbers of the N trials, `scores` their N scores (more is better), `parameters`
+    is {name: N values}. Settings that span a factor of 20 or more get a logarithmic axis.
+    """
+    columns = len(parameters) + 1
+    figure = Figure(figsize=(3.6 * columns, 4), layout="constrained")
+    panels = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    best = [max(scores[: i + 1]) for i in range(len(scores))]
+    panels[0].step(trials, best, where="post", color="tab:orange", label="best so far")
+    panels[0].xaxis.get_major_locator().set_params(integer=True)
+    panels[0].legend()
+    for axes, (name, values) in zip(panels, {"trial": trials, **parameters}.items(), strict=True):
+        axes.scatter(values, scores, color="tab:blue")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+        if name != "trial" and min(values) > 0 and max(values) / min(values) >= 20:
+            axes.set_xscale("log")
+    panels[0].set_ylabel(ylabel)
+    figure.suptitle(title)
+    return figure
+
+
 def confusion_matrix_figure(labels, predictions, class_names, title):
     """Return a figure of the confusion matrix with counts: one row a true class, one column a
     predicted class.

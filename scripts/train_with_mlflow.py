@@ -119,8 +119,8 @@ def main(argv=None):
             "feature_importances.json",
         )
         # log_model: the fourth artifact, linked from the run's page. The signature names the
-        # columns that a request has to have. skops stores the forest without pickle; it does not check the
-        # indices in a tree, and wants those trusted by name.
+        # columns that a request has to have. skops stores the forest without pickle; it does not
+        # check the indices in a tree, and wants those trusted by name.
         logged = mlflow.sklearn.log_model(
             forest,
             name="model",

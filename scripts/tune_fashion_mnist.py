@@ -315,18 +315,11 @@ def work_alone(args, splits, parent_run_id, count, worker):
 def conclude(study, test):
     """Mark the best trial, score its model on the test set, and log all that to the parent run."""
     import tempfile
-    import warnings
 
-    import matplotlib
-
-    matplotlib.use("agg")  # Optuna draws with pyplot, which would look for a screen
     import mlflow
-    import optuna
-    from matplotlib import pyplot
     from optuna.trial import TrialState
-    from optuna.visualization import matplotlib as pictures
 
-    from common import runs, training
+    from common import plots, runs, training
 
     client, parent, best = mlflow.MlflowClient(), mlflow.active_run(), study.best_trial
     trials = finished_trials(study)
@@ -362,19 +355,27 @@ def conclude(study, test):
     if not settings.keys() & mlflow.get_run(parent.info.run_id).data.params.keys():
         mlflow.log_params(settings)
 
-    # log_figure: pictures of the study, under "Artifacts".
-    drawings = {
-        "optimization_history": pictures.plot_optimization_history,
-        "intermediate_values": pictures.plot_intermediate_values,
-        "slice": pictures.plot_slice,
-    }
-    for name, draw in drawings.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            axes = draw(study)
-        figure = getattr(axes, "figure", None) or axes[0].figure
-        mlflow.log_figure(figure, f"study/{name}.png")
-        pyplot.close(figure)
+    # log_figure: two pictures of the study, under "Artifacts".
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    mlflow.log_figure(
+        plots.search_figure(
+            [trial.number for trial in complete],
+            [trial.value for trial in complete],
+            {name: [trial.params[name] for trial in complete] for name in best.params},
+            f"study {study.study_name}: {len(complete)} complete trials",
+            "val_accuracy",
+        ),
+        "study/trials.png",
+    )
+    curves = {f"trial {trial.number}": trial.intermediate_values.items() for trial in trials}
+    mlflow.log_figure(
+        plots.curves_figure(
+            curves,
+            f"study {study.study_name}: {len(trials) - len(complete)} of {len(trials)} pruned",
+            "val_accuracy",
+        ),
+        "study/val_accuracy.png",
+    )
     print(
         f"best     trial {best.number}  val_accuracy {best.value:.4f}  "
         f"test_accuracy {scores.accuracy:.4f}  run {best_run.info.run_id}",
