@@ -172,7 +172,7 @@ def open_storage(storage):
         backend = optuna.storages.journal.JournalFileBackend(storage)
         return optuna.storages.JournalStorage(backend)
     except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).partition(" (Background")[0][:200]
         raise SystemExit(
             f"error: the study cannot be kept in {shown!r}: {reason}\n"
             "hint:  --storage takes sqlite:///FILE, the address of a database, or a path, all in "
@@ -199,9 +199,11 @@ def work(args, splits, parent_run_id, count, worker=0):
     study = optuna.load_study(
         storage=open_storage(args.storage),
         study_name=args.study,
-        sampler=optuna.samplers.TPESampler(seed=(args.seed + worker) % 2**32),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
     )
+    # A study that goes on, or another process, must not try the same settings again.
+    seed = args.seed + 1000 * len(study.get_trials(deepcopy=False)) + worker
+    study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32)
     experiment_id = mlflow.get_run(parent_run_id).info.experiment_id
     for _ in range(count):
         if len(finished_trials(study)) >= args.trials:

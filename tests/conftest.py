@@ -31,7 +31,19 @@ SCRIPTS = (
     "Modify_artifact_location.py",
     "Modify_artifact_location_register_inference.py",
 )
-FURTHER_SCRIPTS = ("scripts/check_connection.py",)
+FURTHER_SCRIPTS = (
+    "scripts/check_connection.py",
+    "scripts/train_and_register_model.py",
+    "scripts/load_and_use_models.py",
+    "scripts/train_simple_mnist.py",
+    "scripts/download_and_infer.py",
+    "scripts/train_with_mlflow.py",
+    "scripts/register_model.py",
+    "scripts/score_rest.py",
+    "scripts/train_fashion_mnist.py",
+    "scripts/tune_fashion_mnist.py",
+    "scripts/log_plot.py",
+)
 
 
 class Finished:
