@@ -1,6 +1,7 @@
 """Guides 2 to 5: each command runs as a process, and what it promises stands in the store."""
 
 import importlib
+import json
 import re
 import shlex
 import signal
@@ -71,7 +72,8 @@ def test_these_are_the_commands_of_the_guides():
     theirs = set()
     for guide in ("2-save-log-register", "3-tutorial", "4-intro", "5-demo"):
         text = (folder / f"{guide}.md").read_text(errors="replace")
-        for block in re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for block in (block for language, block in blocks if language in ("bash", "")):
             for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
                 if re.match(r"(python |pip |mlflow |mflow |export |ls |\$ )", line):
                     theirs.add(line.strip())
@@ -344,20 +346,7 @@ def test_guide_4(tmp_path):
     assert "--data must be rows of 4 values" in here.type(f"{SCORE} --data [[1]]", code=2).err
 
 
-@pytest.mark.slow
-def test_pictures_are_scored(local, tmp_path):
-    port = free_port()
-    command = [
-        *("mlflow", "models", "serve", "-m", "models:/MNIST_CNN@production"),
-        *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
-    ]
-    environment = clean_environment(MLFLOW_TRACKING_URI=local.uri)
-    url = f"http://127.0.0.1:{port}"
-    with serving(command, tmp_path, environment, f"{url}/ping", tmp_path / "serve.log"):
-        arguments = ("--url", url, "--pictures", 20, "--dataset", "digits")
-        asked = run("scripts/score_rest.py", *arguments, cwd=tmp_path)
-    right = re.findall(r"^sample +\d+  true (\d)  predicted \1$", asked.out, re.MULTILINE)
-    assert len(asked.result["predictions"]) == 20 and len(right) >= 18
+# Pictures are asked for in test_serving.py, of the model that is served there.
 
 
 # Guide 5
@@ -528,3 +517,49 @@ def test_the_local_server_starts_serves_and_stops(tmp_path):
     with_others = local("start", *flags, "--host", "0.0.0.0")
     local("stop")
     assert "no key is asked for" in with_others.err and "no key" not in started.err
+
+
+# The page
+
+PAGE = ROOT / "scripts" / "README.md"
+
+
+def test_the_page_maps_the_guides():
+    """Each script and settings file is on it, its commands have real flags, its links lead on."""
+    page = PAGE.read_text()
+    for path in [*ROOT.glob("scripts/*.py"), *ROOT.glob("scripts/cfg/*.yaml")]:
+        assert path.name in page, path
+    commands = re.findall(r"^python scripts/(\w+)\.py(.*)$", page, flags=re.MULTILINE)
+    assert len(commands) >= 14
+    for script, arguments in commands:
+        parser = importlib.import_module(f"scripts.{script}").build_parser()
+        parser.parse_args(shlex.split(arguments))  # an unknown flag ends the test
+    for flag in set(re.findall(r"--[a-z][a-z-]+", " ".join(SCRIPT_COMMANDS))) - {"--predict"}:
+        assert flag in page, flag
+
+    def anchors(text):
+        headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    links += [f"../scripts/{link}" for link in links if not link.startswith(("..", "#"))]
+    assert len(links) >= 20
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = PAGE.parent / path if path else PAGE
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+    root = (ROOT / "README.md").read_text()
+    for anchor in re.findall(r"\]\(scripts/README\.md#([^)]+)\)", root):
+        assert anchor in anchors(page), anchor
+
+
+def test_the_page_shows_what_is_printed():
+    """The JSON lines on the page have the names that the scripts print."""
+    sources = "".join(path.read_text() for path in ROOT.glob("scripts/*.py"))
+    lines = re.findall(r"^\{.*\}$", PAGE.read_text(), flags=re.MULTILINE)
+    assert len(lines) >= 12
+    for line in lines:
+        for name in json.loads(line):
+            assert re.search(rf'"{name}"|\b{name}=', sources), name
