@@ -173,7 +173,8 @@ def credential():
 def check_artifact_location(location):
     """Raise SystemExit if artifacts there belong to another server, which would get the key."""
     parts, own = urlsplit(location), urlsplit(mlflow.get_tracking_uri())
-    if parts.scheme == "mlflow-artifacts" and own.scheme not in ("http", "https"):
+    proxied = parts.scheme == "mlflow-artifacts" and not parts.netloc
+    if proxied and own.scheme not in ("http", "https"):
         raise SystemExit(
             f"error: the artifacts go through a tracking server, {location}, and this address is "
             "its database.\n"

@@ -4,8 +4,8 @@
     python scripts/train_fashion_mnist.py --config scripts/cfg/quick.yaml --epochs 2
 
 A tenth of the training set is held out for the curves; the test set is for the final score.
-You will see one line an epoch, and a JSON object as the last line. In the MLflow UI the run stands in
-the experiment "Image classification", with its parameters, its curves and its model.
+You will see one line an epoch, and a JSON object as the last line. In the MLflow UI the run stands
+in the experiment "Image classification", with its parameters, its curves and its model.
 """
 
 import sys
