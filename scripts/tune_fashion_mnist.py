@@ -77,7 +77,7 @@ def main(argv=None):
     import mlflow
     import optuna
 
-    from common import data, failures, provenance, runs, tracking
+    from common import data, failures, provenance, runs, studies, tracking
 
     # 1. Connect, load the data, open the study: whatever is wrong shows now.
     failures.explain()
@@ -93,7 +93,7 @@ def main(argv=None):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             args.storage = f"{folder}/study.log"
         settings = {name: getattr(args, name) for name in ("dataset", "epochs", "seed")}
-        study, parent_run_id = join_study(args, settings)
+        study, parent_run_id = studies.join(args.storage, args.study, settings)
 
         # 2. The parent run. With run_id, start_run opens the run of a study that goes on again.
         stack.enter_context(
@@ -121,7 +121,7 @@ def main(argv=None):
             study.set_user_attr("parent_run_id", parent.info.run_id)
 
         # 3. The trials: in this process, or in several.
-        missing = args.trials - len(finished_trials(study))
+        missing = args.trials - len(studies.finished_trials(study))
         if args.jobs == 1:
             work(args, splits, parent.info.run_id, missing)
         else:
@@ -132,72 +132,17 @@ def main(argv=None):
     cli.print_result(run_id=parent.info.run_id, **result)
 
 
-def join_study(args, settings):
-    """Return (the study, the id of its parent run or None if this process is to make it)."""
-    import time
-
-    import optuna
-
-    # Of two processes that begin a study at the same moment, one succeeds here.
-    try:
-        study = optuna.create_study(
-            storage=open_storage(args.storage), study_name=args.study, direction="maximize"
-        )
-    except optuna.exceptions.DuplicatedStudyError:
-        study = optuna.load_study(storage=open_storage(args.storage), study_name=args.study)
-        deadline = time.monotonic() + 60
-        while "parent_run_id" not in study.user_attrs and time.monotonic() < deadline:
-            time.sleep(1)  # the other process is about to start the parent run
-    begun_with = study.user_attrs.get("settings", settings)
-    if begun_with != settings:
-        raise SystemExit(
-            f"error: the study {args.study!r} was begun with other settings, {begun_with}, and its "
-            "trials could not be compared with new ones.\n"
-            "hint:  give the same, or another --study."
-        )
-    study.set_user_attr("settings", settings)
-    return study, study.user_attrs.get("parent_run_id")
-
-
-def open_storage(storage):
-    """Return Optuna's storage: a database, or a log file, which a shared filesystem can hold."""
-    import optuna
-    import sqlalchemy
-
-    shown = storage
-    try:
-        if "://" in storage:
-            shown = sqlalchemy.engine.make_url(storage).render_as_string()  # hides the password
-            return optuna.storages.RDBStorage(storage)
-        backend = optuna.storages.journal.JournalFileBackend(storage)
-        return optuna.storages.JournalStorage(backend)
-    except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        reason = " ".join(str(error).split()).partition(" (Background")[0][:200]
-        raise SystemExit(
-            f"error: the study cannot be kept in {shown!r}: {reason}\n"
-            "hint:  --storage takes sqlite:///FILE, the address of a database, or a path, all in "
-            "a folder that exists."
-        ) from error
-
-
-def finished_trials(study):
-    """Return the trials that count: those that an interruption broke off do not."""
-    from optuna.trial import TrialState
-
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-
-
 def work(args, splits, parent_run_id, count, worker=0):
     """Run up to `count` trials, as long as the study has fewer than --trials."""
     import mlflow
     import optuna
     import torch
 
-    from common import model, runs, training
+    from common import model, runs, studies, training
 
     train, validation = splits
     study = optuna.load_study(
-        storage=open_storage(args.storage),
+        storage=studies.open_storage(args.storage),
         study_name=args.study,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
     )
@@ -206,7 +151,7 @@ def work(args, splits, parent_run_id, count, worker=0):
     study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32)
     experiment_id = mlflow.get_run(parent_run_id).info.experiment_id
     for _ in range(count):
-        if len(finished_trials(study)) >= args.trials:
+        if len(studies.finished_trials(study)) >= args.trials:
             break
         trial = study.ask()
         lr = trial.suggest_float("learning_rate", 1e-4, 3e-2, log=True)
@@ -321,10 +266,10 @@ def conclude(study, test):
     import mlflow
     from optuna.trial import TrialState
 
-    from common import plots, runs, training
+    from common import plots, runs, studies, training
 
     client, parent, best = mlflow.MlflowClient(), mlflow.active_run(), study.best_trial
-    trials = finished_trials(study)
+    trials = studies.finished_trials(study)
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
     best_run = mlflow.get_run(best.user_attrs["run_id"])
     marked = mlflow.search_runs(

@@ -519,6 +519,24 @@ def test_the_local_server_starts_serves_and_stops(tmp_path):
     assert "no key is asked for" in with_others.err and "no key" not in started.err
 
 
+def test_flags_of_the_local_server_are_those_on_its_page():
+    """Tables of both pages: each flag with its default."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import local\n"
+        "args = local.build_parser().parse_args(['start'])\n"
+        "print(*(f'{name} {value}' for name, value in vars(args).items()), sep='\\n')\n"
+    )
+    command = [sys.executable, "-c", code, str(SERVER.parent)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    defaults = dict(line.split() for line in printed.splitlines() if "command" not in line)
+    page = (ROOT / "server" / "README.md").read_text()
+    rows = re.findall(r"^\| `--([\w-]+)` \| (.*?) \|", page, flags=re.MULTILINE)
+    table = {name.replace("-", "_"): default.strip("`") for name, default in rows}
+    assert table.keys() >= defaults.keys() and len(defaults) == 5
+    for name, default in defaults.items():
+        assert table[name] == default or default == "None"
+
+
 # The page
 
 PAGE = ROOT / "scripts" / "README.md"
