@@ -95,11 +95,14 @@ def main(argv=None):
         settings = {name: getattr(args, name) for name in ("dataset", "epochs", "seed")}
         study, parent_run_id = studies.join(args.storage, args.study, settings)
 
+        if parent_run_id:
+            runs.existing_run(parent_run_id)  # or the study belongs to another server
+
         # 2. The parent run. With run_id, start_run opens the run of a study that goes on again.
         stack.enter_context(
             mlflow.start_run(
                 run_id=parent_run_id,
-                experiment_id=experiment_id,
+                experiment_id=None if parent_run_id else experiment_id,
                 run_name=None if parent_run_id else f"study {args.study}",
             )
         )
@@ -278,7 +281,8 @@ def conclude(study, test):
         output_format="list",
     )
     for run in marked:  # of a study that went on
-        client.delete_tag(run.info.run_id, "best")
+        if run.info.run_id != best_run.info.run_id:
+            client.set_tag(run.info.run_id, "best", "false")
     # set_tag with a run's id: the best child, found by tags.best = 'true'.
     client.set_tag(best_run.info.run_id, "best", "true")
 
