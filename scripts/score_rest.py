@@ -94,6 +94,7 @@ def rows_in(text, width):
 
 def ask(url, payload):
     """Post the payload, and return the predictions; or raise SystemExit with what went wrong."""
+    import re
     from urllib.parse import urlsplit
 
     import requests
@@ -104,7 +105,8 @@ def ask(url, payload):
     try:
         response = session.post(url, json=payload, timeout=(10, 120))
     except (requests.RequestException, ValueError) as error:
-        reason = str(error).rsplit(": ", 1)[-1].strip("'\")( ")[:200]
+        found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
+        reason = found[1] if found else str(error)[:200]
         raise SystemExit(
             f"error: no served model answers at {url}: {reason}\n"
             'hint:  mlflow models serve -m "models:/NAME/1" --env-manager local --port 1234'
@@ -114,7 +116,8 @@ def ask(url, payload):
     except ValueError:
         answer = None
     if response.status_code != 200 and isinstance(answer, dict):
-        said = " ".join(str(answer.get("message", answer)).split())[:300]
+        # The message repeats all the data first.
+        said = " ".join(str(answer.get("message", answer)).split()).rsplit(" Error: ", 1)[-1][:300]
         raise SystemExit(
             f"error: the served model refuses the request (error {response.status_code}): {said}\n"
             "hint:  the model's page names the inputs it takes: columns, or pictures (--pictures)."

@@ -340,7 +340,7 @@ def test_guide_4(tmp_path):
         assert asked.result["predictions"] == ["setosa"]
         assert "row      [5.1, 3.5, 1.4, 0.2]  predicted setosa" in asked.out
         refused = here.type(f"{SCORE} --url {url} --columns a b --data [[1,2]]", code=1)
-        assert "the served model refuses the request (error 400)" in refused.error
+        assert "the served model refuses the request (error 400): Model is missing" in refused.error
         wrong = here.type(f"{SCORE} --url {url}/ping", code=1)
         assert "but not as a served model" in wrong.error or "refuses" in wrong.error
     assert "--data must be rows of 4 values" in here.type(f"{SCORE} --data [[1]]", code=2).err
