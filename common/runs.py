@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -120,6 +121,15 @@ def always_ended():
             signal.signal(signal_number, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
+    def dropped(unraisable):
+        """Python drops what is raised while it cleans an object up: then the signal comes again."""
+        if not (received and isinstance(unraisable.exc_value, SystemExit)):
+            hook(unraisable)
+            return
+        signal.signal(received[0], stop)
+        threading.Timer(0.1, os.kill, (os.getpid(), received[0])).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -134,6 +144,7 @@ def always_ended():
             print(f"warning: {outcome}.", file=sys.stderr, flush=True)
         raise
     finally:
+        sys.unraisablehook = hook
         if not received:
             for number, handler in previous.items():
                 signal.signal(number, handler)
