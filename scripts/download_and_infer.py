@@ -48,12 +48,23 @@ def main(argv=None):
 
     import mlflow
 
-    from common import data, failures, model, predictions, runs, tracking, training, weights
+    from common import (
+        credentials,
+        data,
+        failures,
+        model,
+        predictions,
+        runs,
+        tracking,
+        training,
+        weights,
+    )
 
     sys.stdout.reconfigure(errors="replace")  # a terminal without the guide's dash shows "?"
 
     # 1. Connect, and find the run.
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle)
     if args.run_id:
         run = runs.existing_run(args.run_id)

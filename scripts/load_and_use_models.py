@@ -62,9 +62,10 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
-    from common import failures, tracking
+    from common import credentials, failures, tracking
 
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle)
     command = {
         "list": list_models,
@@ -119,16 +120,17 @@ def list_versions(args):
 
 
 def load_from_run(args):
-    from common import runs
+    from common import runs, tracking
 
     run = runs.existing_run(args.run_id)
+    tracking.check_artifact_location(run.info.artifact_uri)
     return load(args, runs.model_uri(run, name=None), run)
 
 
 def load_from_registry(args):
     import mlflow
 
-    from common import runs
+    from common import runs, tracking
 
     name, client = args.model_name, mlflow.MlflowClient()
     versions = versions_of(name)
@@ -153,6 +155,8 @@ def load_from_registry(args):
     number = numbers[-1] if numbers else None
     version = version_of(versions, number, uri)
     print(f"version  {name} version {number}  run {version.run_id or '-'}", flush=True)
+    # get_model_version_download_uri: where the files of a version lie.
+    tracking.check_artifact_location(client.get_model_version_download_uri(name, number))
     run = runs.existing_run(version.run_id) if version.run_id else None
     return load(args, uri, run) | {"model_name": name, "model_version": number}
 
@@ -200,10 +204,8 @@ def load(args, uri, run):
 
     import mlflow
 
-    from common import data, predictions, tracking, training
+    from common import data, predictions, training
 
-    if run:
-        tracking.check_artifact_location(run.info.artifact_uri)
     # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
     with tempfile.TemporaryDirectory() as folder:
         # load_model: the network, ready to be called, without the code that made it.

@@ -50,10 +50,11 @@ def main(argv=None):
 
     import mlflow
 
-    from common import failures, plots, runs, tracking
+    from common import credentials, failures, plots, runs, tracking
 
     # 1. Connect, and find the runs; of a parent run, its children.
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle)
     if args.run_id:
         named = [runs.existing_run(run_id) for run_id in dict.fromkeys(args.run_id)]

@@ -41,13 +41,15 @@ def main(argv=None):
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import mlflow
 
-    from common import failures, provenance, runs, tracking
+    from common import credentials, failures, provenance, runs, tracking
 
     # 1. Connect, and find the run and its model.
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle)
     run_id = args.run_id or runs.latest_run(args.experiment).info.run_id
     run = runs.finished_run(run_id)
+    tracking.check_artifact_location(run.info.artifact_uri)
     model_uri = runs.model_uri(run, name=None)
     print(f"run      {run_id}  {run.info.run_name}  {model_uri}", flush=True)
 

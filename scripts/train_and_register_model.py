@@ -82,10 +82,21 @@ def main(argv=None):
     import mlflow
     import torch
 
-    from common import data, failures, model, predictions, provenance, runs, tracking, training
+    from common import (
+        credentials,
+        data,
+        failures,
+        model,
+        predictions,
+        provenance,
+        runs,
+        tracking,
+        training,
+    )
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment_name)
     everything = data.load(args.dataset, args.data_dir, train=True)
     train, validation = data.hold_out(everything, seed=args.seed)
@@ -97,6 +108,7 @@ def main(argv=None):
 
     # set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment_name)
+    tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and track. start_run: the run's page; leaving the `with` block ends it.
     with (

@@ -64,6 +64,7 @@ def main(argv=None):
     import torch
 
     from common import (
+        credentials,
         data,
         failures,
         model,
@@ -76,7 +77,8 @@ def main(argv=None):
     )
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     everything = data.load(args.dataset, args.data_dir, train=True)
     train, validation = data.hold_out(everything, seed=args.seed)
@@ -88,6 +90,7 @@ def main(argv=None):
 
     # set_experiment: like a project folder; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: one training attempt, with a page of its own.
     with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():

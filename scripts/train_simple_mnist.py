@@ -59,10 +59,11 @@ def main(argv=None):
     import mlflow
     import torch
 
-    from common import data, failures, model, runs, tracking, training
+    from common import credentials, data, failures, model, runs, tracking, training
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     train = data.load(args.dataset, args.data_dir, train=True)
     test = data.load(args.dataset, args.data_dir, train=False)
@@ -73,6 +74,7 @@ def main(argv=None):
 
     # set_experiment: makes it if it does not exist; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: everything logged in this block belongs to this run.
     with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():

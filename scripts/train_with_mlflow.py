@@ -55,10 +55,11 @@ def main(argv=None):
     from sklearn.metrics import classification_report, precision_recall_fscore_support
     from sklearn.model_selection import train_test_split
 
-    from common import failures, plots, runs, tracking
+    from common import credentials, failures, plots, runs, tracking
 
     # 1. Connect, and load the data.
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     iris = load_iris(as_frame=True)
     # "sepal length (cm)" becomes sepal_length: the names that a request to the served model has.
@@ -72,6 +73,7 @@ def main(argv=None):
 
     # set_experiment: makes it if it does not exist; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: one run is one execution of this script.
     with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():

@@ -77,17 +77,19 @@ def main(argv=None):
     import mlflow
     import optuna
 
-    from common import data, failures, provenance, runs, studies, tracking
+    from common import credentials, data, failures, provenance, runs, studies, tracking
 
     # 1. Connect, load the data, open the study: whatever is wrong shows now.
-    failures.explain()
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
     tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     splits = data.hold_out(data.load(args.dataset, args.data_dir, train=True), seed=args.seed)
     test = data.load(args.dataset, args.data_dir, train=False)
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it prints each trial, and so do we
 
     # set_experiment: like a project folder; on the left in the UI.
-    experiment_id = mlflow.set_experiment(args.experiment).experiment_id
+    experiment = mlflow.set_experiment(args.experiment)
+    tracking.check_artifact_location(experiment.artifact_location)
     with contextlib.ExitStack() as stack:
         if not args.storage:  # a log file all the same, for the processes of --jobs
             folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -95,14 +97,15 @@ def main(argv=None):
         settings = {name: getattr(args, name) for name in ("dataset", "epochs", "seed")}
         study, parent_run_id = studies.join(args.storage, args.study, settings)
 
-        if parent_run_id:
-            runs.existing_run(parent_run_id)  # or the study belongs to another server
+        if parent_run_id:  # of a study that goes on; it may belong to another server
+            parent = runs.existing_run(parent_run_id)
+            tracking.check_artifact_location(parent.info.artifact_uri)
 
         # 2. The parent run. With run_id, start_run opens the run of a study that goes on again.
         stack.enter_context(
             mlflow.start_run(
                 run_id=parent_run_id,
-                experiment_id=None if parent_run_id else experiment_id,
+                experiment_id=None if parent_run_id else experiment.experiment_id,
                 run_name=None if parent_run_id else f"study {args.study}",
             )
         )
@@ -241,25 +244,38 @@ def work_in_processes(args, splits, parent_run_id, count):
             process.terminate()  # SIGTERM: their runs end as KILLED
         for process in processes:
             process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(
+    if codes := [process.exitcode for process in processes if process.exitcode]:
+        print(
             "error: a process of the study ended early; its message stands above.\n"
-            "hint:  with --storage, the same command goes on with the study."
+            "hint:  with --storage, the same command goes on with the study.",
+            file=sys.stderr,
+            flush=True,
         )
+        raise SystemExit(max(*codes, 1))  # negative: killed outright, for want of memory, say
 
 
 def work_alone(args, splits, parent_run_id, count, worker):
     """`work` in a process of its own: the address and TLS are in variables that it inherits."""
+    import mlflow
     import optuna
     import torch
 
-    from common import failures, tracking
+    from common import credentials, failures, tracking
 
     failures.explain()
-    tracking.send_api_key()
+    credentials.send_api_key()
+    if mlflow.get_tracking_uri().startswith("http"):
+        tracking.trust()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
-    work(args, splits, parent_run_id, count, worker)
+    try:
+        work(args, splits, parent_run_id, count, worker)
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 (said as in the main process, which also exits)
+        # multiprocessing would print a traceback by itself, and whatever a server put into it.
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(1) from None
 
 
 def conclude(study, test):
