@@ -5,23 +5,25 @@ memory.
 """
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 
 def curves_figure(curves, title, ylabel):
     """Return a figure of curves over the epochs: `curves` is {label: [(epoch, value), ...]}."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
-    for label, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+    for i, (label, points) in enumerate(curves.items()):
+        line = ("-", "--", ":", "-.")[i // 10 % 4]  # after ten curves the colours come again
+        axes.plot(*zip(*points, strict=True), line, marker="o", markersize=4, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=title, xlabel="epoch", ylabel=ylabel)
     axes.grid(alpha=0.3)
-    if len(curves) <= 10:
+    if len(curves) <= 4:
         axes.legend()
-    else:  # beside the axes, as many as there are
+    else:  # beside the axes, where it hides nothing
         figure.set_size_inches(11, 6)
         columns = -(-len(curves) // 24)
-        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
     return figure
 
 
@@ -42,8 +44,17 @@ def search_figure(trials, scores, parameters, title, ylabel):
         axes.scatter(values, scores, color="tab:blue")
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
-        if name != "trial" and min(values) > 0 and max(values) / min(values) >= 20:
+        if name == "trial":
+            continue
+        if min(values) > 0 and max(values) / min(values) >= 20:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())  # or their labels overlap
+        elif all(isinstance(value, int) for value in values) and len(set(values)) <= 6:
+            axes.set_xticks(sorted(set(values)))  # a choice of a few
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
     panels[0].set_ylabel(ylabel)
     figure.suptitle(title)
     return figure

@@ -46,7 +46,7 @@ def finished_run(run_id):
 
 
 def latest_run(experiment_name):
-    """Return the run of the experiment that was started last.
+    """Return the run of the experiment that was started last; of a child run, its parent.
 
     Raises SystemExit if there is no such experiment, or no run in it.
     """
@@ -67,7 +67,8 @@ def latest_run(experiment_name):
             f"error: the experiment {experiment_name!r} holds no run.\n"
             "hint:  train first, or give another --experiment."
         )
-    return found[0]
+    parent_run_id = found[0].data.tags.get("mlflow.parentRunId")
+    return existing_run(parent_run_id) if parent_run_id else found[0]
 
 
 def model_uri(run, name="model"):

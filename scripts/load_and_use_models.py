@@ -203,13 +203,23 @@ def load(args, uri, run):
     import tempfile
 
     import mlflow
+    from mlflow.exceptions import MlflowException
 
-    from common import data, predictions, training
+    from common import data, failures, predictions, training
 
     # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
     with tempfile.TemporaryDirectory() as folder:
         # load_model: the network, ready to be called, without the code that made it.
-        network = mlflow.pytorch.load_model(uri, dst_path=folder)
+        try:
+            network = mlflow.pytorch.load_model(uri, dst_path=folder)
+        except MlflowException as error:
+            if failures.diagnose(error):  # the server's fault, not the model's
+                raise
+            raise SystemExit(
+                f"error: the model {uri} cannot be loaded: {error.message}\n"
+                "hint:  only networks can be loaded here, and no pickle, which may run code: if "
+                "you trust its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true."
+            ) from error
         count = sum(parameter.numel() for parameter in network.parameters())
         print(f"loaded   {uri}  {count} parameters", flush=True)
         result = {"run_id": run.info.run_id if run else None, "model_uri": uri, "parameters": count}

@@ -4,10 +4,10 @@
     python scripts/log_plot.py --run_id <RUN_ID>
     python scripts/log_plot.py --run_id <RUN_ID> <RUN_ID> --metrics val_accuracy
 
-Without --run_id it takes the latest run of "Image classification". Of a parent run (a study of
-tune_fashion_mnist.py) it draws the children. You will see how many points each curve has, and a
-JSON object as the last line. In the MLflow UI the picture stands in the tab "Artifacts" of each run
-that was named, under plots/.
+Without --run_id it takes the latest run of "Image classification", or the study, if that run is one
+of its trials. Of a study (a parent run of tune_fashion_mnist.py) it draws the children. You will
+see how many points each curve has, and a JSON object as the last line. In the MLflow UI the picture
+stands in the tab "Artifacts" of each run that was named, under plots/.
 """
 
 import sys
@@ -63,7 +63,8 @@ def main(argv=None):
     for run in named:
         tracking.check_artifact_location(run.info.artifact_uri)
         print(f"run      {run.info.run_id}  {run.info.run_name}", flush=True)
-    drawn = [one for run in named for one in [run, *children(run)]]
+    found = [one for run in named for one in [run, *children(run)]]
+    drawn = list({run.info.run_id: run for run in found}.values())  # each once
 
     # 2. Fetch the curves. A run keeps every point of a metric; search and tables show the last one.
     client, curves = mlflow.MlflowClient(), {}
@@ -73,7 +74,11 @@ def main(argv=None):
                 continue
             # get_metric_history: all points of one metric of one run.
             history = client.get_metric_history(run.info.run_id, metric)
-            label = f"{run.info.run_name} {metric}" if len(drawn) > 1 else metric
+            words = [run.info.run_name] if len(drawn) > 1 else []
+            words += [metric] if len(args.metrics) > 1 or not words else []
+            label = " ".join(words)
+            if label in curves:  # trial 0 of two studies, say
+                label += f" ({run.info.run_id[:8]})"
             curves[label] = sorted((point.step, point.value) for point in history)
             print(f"curve    {label}  {len(history)} points", flush=True)
     if not curves:
@@ -84,8 +89,10 @@ def main(argv=None):
         )
 
     # 3. Draw, and attach to each run. log_figure with a run's id needs no run to be open.
-    ylabel = args.metrics[0] if len(args.metrics) == 1 else "loss"
-    title = f"{len(drawn)} runs" if len(drawn) > 1 else drawn[0].info.run_name
+    losses = all("loss" in metric for metric in args.metrics)
+    ylabel = args.metrics[0] if len(args.metrics) == 1 else "loss" if losses else "value"
+    names = ", ".join(run.info.run_name for run in named)
+    title = names if len(named) < 4 else f"{len(drawn)} runs"
     name = "loss_curves" if set(args.metrics) == set(METRICS) else "_".join(args.metrics)
     path = f"plots/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png"
     figure = plots.curves_figure(curves, title, ylabel)

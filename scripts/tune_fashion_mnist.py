@@ -228,6 +228,7 @@ def work(args, splits, parent_run_id, count, worker=0):
 def work_in_processes(args, splits, parent_run_id, count):
     """Share the trials out. Processes, because torch's seed and MLflow's open run are one each."""
     import multiprocessing
+    import time
 
     context = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
     processes = []
@@ -240,8 +241,13 @@ def work_in_processes(args, splits, parent_run_id, count):
         for process in processes:
             process.join()
     finally:
+        # Ctrl-C, and a batch system's signal, reach them as well. They end their runs as KILLED; a
+        # second signal would kill them before they have, so they get a moment first.
+        deadline = time.monotonic() + 3
         for process in processes:
-            process.terminate()  # SIGTERM: their runs end as KILLED
+            process.join(max(0, deadline - time.monotonic()))
+        for process in processes:
+            process.terminate()  # SIGTERM, to those that do not know yet
         for process in processes:
             process.join()
     if codes := [process.exitcode for process in processes if process.exitcode]:

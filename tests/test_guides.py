@@ -370,6 +370,8 @@ def guide_4(session, client, server, folder):
     again = session.type(f"{REGISTER} --run_id {run_id} --model_name iris").result
     assert again["model_name"] == "iris" and again["model_version"] == "1"
     assert client.get_model_version("New Registered Model", "1").run_id == run_id
+    forest = session.type(f'{USE} from-registry "New Registered Model"', code=1)
+    assert 'cannot be loaded: Model does not have the "pytorch" flavor' in forest.error
 
     port = free_port()
     command = [
@@ -435,11 +437,13 @@ def guide_5(session, client):
     # The same study with more trials: the same parent run.
     more = session.type(f"{TUNE} {flags} --trials 3").result
     assert more["run_id"] == result["run_id"] and len(children(client, parent)) == 3
+    drawn = session.type(PLOT)  # the latest run is a trial: its study
+    assert drawn.result["run_ids"] == [result["run_id"]] and drawn.result["curves"] == 3 * 2
     other = session.type(f"{TUNE} {flags.replace('epochs 1', 'epochs 2')}", code=1)
     assert "was begun with other settings" in other.error
     # Several runs in one picture, the study as its children; on the pages of those named.
     drawn = session.type(f"{PLOT} --run_id {one['run_id']} {result['run_id']}").result
-    assert drawn["curves"] == 2 + 3 * 2
+    assert drawn["curves"] == 2 + 3 * 2  # none of them twice, or under another's name
     for run_id in drawn["run_ids"]:
         paths = [file.path for file in client.list_artifacts(run_id, "plots")]
         assert "plots/loss_curves.png" in paths
