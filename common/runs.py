@@ -151,6 +151,23 @@ def always_ended():
                 signal.signal(number, handler)
 
 
+def end_half_open_child(experiment_id, parent_run_id, run_name):
+    """Mark as KILLED a child run that a signal met while it was being opened or closed.
+
+    It is in the store by then, and `always_ended` not yet, or no longer, in force.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    with contextlib.suppress(MlflowException):
+        for run in mlflow.search_runs(
+            experiment_ids=[experiment_id],
+            filter_string=f"tags.mlflow.parentRunId = '{parent_run_id}' AND "
+            f"attributes.run_name = '{run_name}' AND attributes.status = 'RUNNING'",
+            output_format="list",
+        ):
+            mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
+
+
 def _end(status):
     """Tell the server, in the seconds that a batch system leaves before it sends SIGKILL."""
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"

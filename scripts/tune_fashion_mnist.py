@@ -212,6 +212,7 @@ def work(args, splits, parent_run_id, count, worker=0):
                     )
         except BaseException:  # also a signal: the study is not to wait for this trial
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            runs.end_half_open_child(experiment_id, parent_run_id, f"trial {trial.number}")
             raise
         if pruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)

@@ -100,7 +100,7 @@ class Session:
         self.ended = []  # (what was typed, how it ended)
 
     def type(self, command, *more, code=0, until=None):
-        """Return how it `Finished`. With `until`, it gets SIGTERM at a line that starts so."""
+        """Return how it `Finished`. With `until`, it gets SIGTERM as soon as that returns true."""
         script, *arguments = shlex.split(command.removeprefix("python "))
         files = [self.folder / f"{len(self.ended)}.{name}" for name in ("out", "err")]
         for path in files:
@@ -114,7 +114,7 @@ class Session:
         print(json.dumps(order), file=self.prefork.stdin, flush=True)
         process = int(self.prefork.stdout.readline())
         if until:
-            while f"\n{until}" not in files[0].read_text():
+            while not until():
                 time.sleep(0.1)
             os.kill(process, signal.SIGTERM)
         returned = int(self.prefork.stdout.readline())
@@ -509,9 +509,16 @@ def test_guide_3_accuracies_on_mnist(tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on_and_prunes(prefork, tmp_path):
     here = Session(tmp_path, prefork)
+    here.type(f"{USE} list")  # makes the store, which is looked into from here, too
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     command = f"{TUNE} --dataset digits --epochs 2 --trials 6 --storage study.log"
-    stopped = here.type(command, code=143, until="trial    0")
+
+    def in_the_second_trial():
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        found = client.search_runs(experiments, "attributes.run_name = 'trial 1'")
+        return any("val_loss" in run.data.metrics for run in found)
+
+    stopped = here.type(command, code=143, until=in_the_second_trial)
     assert "stopped by SIGTERM; the run is marked KILLED" in stopped.error
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
     before = client.search_runs([experiment.experiment_id])
