@@ -5,9 +5,9 @@
     python scripts/log_plot.py --run_id <RUN_ID> <RUN_ID> --metrics val_accuracy
 
 Without --run_id it takes the latest run of "Image classification", or the study, if that run is one
-of its trials. Of a study (a parent run of tune_fashion_mnist.py) it draws the children. You will
-see how many points each curve has, and a JSON object as the last line. In the MLflow UI the picture
-stands in the tab "Artifacts" of each run that was named, under plots/.
+of its trials. Of a study (a parent run of tune_fashion_mnist.py) it draws the children.
+You will see how many points each curve has, and a JSON object as the last line. In the MLflow UI
+the picture stands in the tab "Artifacts" of each run that was named, under plots/.
 """
 
 import sys
