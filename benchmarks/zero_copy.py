@@ -10,7 +10,6 @@ the columns mean stands in benchmarks/README.md. Everything it writes is removed
 
 import argparse
 import contextlib
-import itertools
 import multiprocessing
 import os
 import platform
@@ -29,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-CHUNK = 5 * 10**6  # bytes that dd writes at a time
+CHUNK = 2**20  # bytes that dd writes at a time
 SERVER_EXPERIMENT, SHARED_EXPERIMENT = "through_the_server", "on_the_shared_folder"
 
 
@@ -82,10 +81,13 @@ def one_size(size, repeats, folder, proxy, writes, loads):
     """Write and load a model of `size` GB in each way, and append the rows."""
     ways = (bare_disk, log_to_server, log_to_folder, write_once, write_weights)
     measured = {way: [] for way in ways}
-    for turn, way in itertools.product(range(repeats), measured):
-        result = in_a_process(way, folder, proxy, size, f"{way.__name__}_{turn}")
-        print(f"{size} GB  {way.__name__}  {result['seconds']:.2f} s", flush=True)
-        measured[way].append(result)
+    for turn in range(repeats):
+        for way in ways:
+            result = in_a_process(way, folder, proxy, size, f"{way.__name__}_{turn}")
+            print(f"{size} GB  {way.__name__}  {result['seconds']:.2f} s", flush=True)
+            measured[way].append(result)
+        if turn < repeats - 1:  # the last round's files are loaded below
+            remove_files(folder)
     answer = {result["answer"] for results in measured.values() for result in results}
     disk = statistics.median(result["seconds"] for result in measured[bare_disk])
     for way, results in measured.items():
@@ -99,11 +101,11 @@ def one_size(size, repeats, folder, proxy, writes, loads):
                 *(amount(last["scratch"]), amount(last["network"])),
             )
         )
-    path = str(weights_of("write_once_0"))
+    path = str(weights_of(f"write_once_{turn}"))
     for way, name_or_path in (
-        (load_from_server, "log_to_server_0"),
+        (load_from_server, f"log_to_server_{turn}"),
         (load_from_path, path),
-        (map_from_alias, "write_once_0"),
+        (map_from_alias, f"write_once_{turn}"),
         (map_from_path, path),
     ):
         result = in_a_process(way, folder, proxy, size, name_or_path)
@@ -116,8 +118,13 @@ def one_size(size, repeats, folder, proxy, writes, loads):
             )
         )
     assert len(answer - {None}) == 1, "the ways do not give the same answer"
-    subprocess.run(["rm", "-r", folder / "artifacts", folder / "shared"], check=True)
-    subprocess.run(["rm", "-r", *folder.glob("*.dd"), *folder.glob("write_weights_*")], check=True)
+    remove_files(folder)
+
+
+def remove_files(folder):
+    """At the end of a round: a disk may be faster where it has just written."""
+    for name in ("artifacts", "shared", "bare_disk_*", "write_weights_*"):
+        subprocess.run(["rm", "-r", *folder.glob(name)], check=True)
 
 
 def print_table(title, columns, rows):
@@ -146,12 +153,14 @@ def bare_disk(folder, size, name):
 
     Else the next contender would get its blocks, and disks are faster where they have just written.
     """
-    file, count = folder / f"{name}.dd", round(size * 1e9 / CHUNK)
+    with torch.device("meta"):
+        size = sum(4 * parameter.numel() for parameter in Layers(size).parameters())
+    file, count = folder / f"{name}.dd", round(size / CHUNK)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-        source, random = Path(memory, "random"), os.urandom(CHUNK)
+        source = Path(memory, "random")
         with source.open("wb") as content:
             for _ in range(count):
-                content.write(random)
+                content.write(os.urandom(CHUNK))
         command = ["dd", f"if={source}", f"of={file}", f"bs={CHUNK}", "conv=fsync"]
         start = time.perf_counter()
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import re
+import sys
 
 DATASETS = ("mnist", "fashion_mnist", "digits")
 
@@ -72,6 +73,36 @@ def add_data_arguments(parser, dataset="mnist"):
     )
 
 
+def add_config_argument(parser):
+    """Add `--config`; `parse_with_config` reads the file."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of flags, such as `epochs: 5`; those typed here win (default: none)",
+    )
+
+
+def parse_with_config(parser, argv=None):
+    """Parse the flags; those in the YAML file of `--config` count as if typed before all others."""
+    args = parser.parse_args(argv)
+    if not args.config:
+        return args
+    import yaml  # 0.1 s, and not needed without a file
+
+    try:
+        with open(args.config, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"argument --config: {' '.join(str(error).split())}")
+    if not isinstance(settings, dict):
+        parser.error(f"argument --config: {args.config} must hold lines of the form `name: value`")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    if unknown := sorted(map(str, settings.keys() - known)):
+        parser.error(f"argument --config: {args.config} sets {', '.join(unknown)}: no such flag")
+    typed = sys.argv[1:] if argv is None else argv
+    return parser.parse_args([*(f"--{name}={value}" for name, value in settings.items()), *typed])
+
+
 def whole_number(minimum):
     """Return an argument type: a whole number from `minimum` to what torch takes as a seed."""
 
@@ -97,6 +128,17 @@ def learning_rate(text):
         value = math.nan
     if not 0 < value < 1e38:  # false for nan; above, it does not fit into torch's float32
         raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text!r}")
+    return value
+
+
+def fraction(text):
+    """Argument type: a number from 0 to below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:  # false for nan
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, not {text!r}")
     return value
 
 

@@ -67,6 +67,21 @@ def load(dataset, data_dir, train):
     return Split(images, labels, class_names, cls.mirrors[0], _digest(images, labels))
 
 
+def hold_out(split, fraction=0.1, seed=0):
+    """Return (what is left to train on, what is held out), two `Split`s in random order.
+
+    For choosing by: the best epoch, the best settings. The test set is kept for the final score.
+    """
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
+    count = round(fraction * len(order))
+    parts = []
+    for chosen in (order[count:], order[:count]):
+        images, labels = split.images[chosen], split.labels[chosen]
+        digest = _digest(images, labels)
+        parts.append(split._replace(images=images, labels=labels, digest=digest))
+    return tuple(parts)
+
+
 def _load_digits(train):
     """The 1797 digits of scikit-learn, 8 x 8 pixels, scaled to 28 x 28; a fifth is for testing.
 

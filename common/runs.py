@@ -7,15 +7,16 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
 
-def finished_run(run_id):
-    """Return the run `run_id`. Raises SystemExit if there is none, or if it did not finish."""
+def existing_run(run_id):
+    """Return the run `run_id`. Raises SystemExit if there is none."""
     try:
-        run = mlflow.get_run(run_id)
+        return mlflow.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -23,6 +24,11 @@ def finished_run(run_id):
             f"error: there is no run {run_id} on the tracking server named above.\n"
             "hint:  the training script prints the id in its line 'run', and the server before it."
         ) from error
+
+
+def finished_run(run_id):
+    """Return the run `run_id`. Raises SystemExit if there is none, or if it did not finish."""
+    run = existing_run(run_id)
     status = run.info.status
     if run.info.lifecycle_stage == "deleted":
         status = "DELETED"
@@ -39,23 +45,51 @@ def finished_run(run_id):
     return run
 
 
-def model_uri(run):
-    """Return the address of the model that `run` logged under the name "model".
+def latest_run(experiment_name):
+    """Return the run of the experiment that was started last; of a child run, its parent.
 
-    That is `models:/m-...` since MLflow 3, and `runs:/RUN_ID/model` for a run of MLflow 2. With
+    Raises SystemExit if there is no such experiment, or no run in it.
+    """
+    experiment = mlflow.get_experiment_by_name(experiment_name)
+    if experiment is None:
+        raise SystemExit(
+            f"error: there is no experiment {experiment_name!r} on the server named above.\n"
+            "hint:  train first, or give the --experiment and the server that you trained with."
+        )
+    found = mlflow.search_runs(
+        experiment_ids=[experiment.experiment_id],
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+        output_format="list",
+    )
+    if not found:
+        raise SystemExit(
+            f"error: the experiment {experiment_name!r} holds no run.\n"
+            "hint:  train first, or give another --experiment."
+        )
+    parent_run_id = found[0].data.tags.get("mlflow.parentRunId")
+    return existing_run(parent_run_id) if parent_run_id else found[0]
+
+
+def model_uri(run, name="model"):
+    """Return the address of the model that `run` logged under `name`, of any if that is None.
+
+    That is `models:/m-...` since MLflow 3, and `runs:/RUN_ID/NAME` for a run of MLflow 2. With
     several, the one of the largest step. Raises SystemExit if there is none.
     """
     logged = mlflow.search_logged_models(
         experiment_ids=[run.info.experiment_id],
-        filter_string=f"source_run_id = '{run.info.run_id}' AND name = 'model'",
+        filter_string=f"source_run_id = '{run.info.run_id}'"
+        + (f" AND name = '{name}'" if name else ""),
         output_format="list",
     )
     if ready := [model for model in logged if model.status == "READY"]:
         steps = {output.model_id: output.step for output in run.outputs.model_outputs}
         latest = max(ready, key=lambda model: steps.get(model.model_id, 0))
         return f"models:/{latest.model_id}"
-    if mlflow.MlflowClient().list_artifacts(run.info.run_id, "model"):
-        return f"runs:/{run.info.run_id}/model"
+    for folder in [name] if name else ["model", "pytorch_model"]:
+        if mlflow.MlflowClient().list_artifacts(run.info.run_id, folder):
+            return f"runs:/{run.info.run_id}/{folder}"
     raise SystemExit(
         f"error: the run {run.info.run_id} has no model to register.\n"
         "hint:  give the id of a run of train_mnist_mlflow.py, Modify_artifact_location.py or "
@@ -89,11 +123,22 @@ def always_ended(another_ended=lambda: False):
             signal.signal(signal_number, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
+    def dropped(unraisable):
+        """Python drops what is raised while it cleans an object up: then the signal comes again."""
+        if not (received and isinstance(unraisable.exc_value, SystemExit)):
+            hook(unraisable)
+            return
+        signal.signal(received[0], stop)
+        threading.Timer(0.1, os.kill, (os.getpid(), received[0])).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except BaseException:
-        status = "KILLED" if received and not another_ended() else "FAILED"
+    except BaseException as error:
+        # The exit codes come up from a run within this one (nested) that received the signal.
+        stopped = isinstance(error, SystemExit) and error.code in (130, 143)
+        status = "KILLED" if (received or stopped) and not another_ended() else "FAILED"
         if not received:  # torchrun may send SIGTERM right now: the run is ended first
             for number in previous:
                 signal.signal(number, lambda number, frame: None)
@@ -104,9 +149,27 @@ def always_ended(another_ended=lambda: False):
             print(f"warning: {outcome}.", file=sys.stderr, flush=True)
         raise
     finally:
+        sys.unraisablehook = hook
         if not received:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def end_half_open_child(experiment_id, parent_run_id, run_name):
+    """Mark as KILLED a child run that a signal met while it was being opened or closed.
+
+    It is in the store by then, and `always_ended` not yet, or no longer, in force.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    with contextlib.suppress(MlflowException):
+        for run in mlflow.search_runs(
+            experiment_ids=[experiment_id],
+            filter_string=f"tags.mlflow.parentRunId = '{parent_run_id}' AND "
+            f"attributes.run_name = '{run_name}' AND attributes.status = 'RUNNING'",
+            output_format="list",
+        ):
+            mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
 
 
 def _end(status):

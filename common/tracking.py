@@ -173,6 +173,14 @@ def credential():
 def check_artifact_location(location):
     """Raise SystemExit if artifacts there belong to another server, which would get the key."""
     parts, own = urlsplit(location), urlsplit(mlflow.get_tracking_uri())
+    proxied = parts.scheme == "mlflow-artifacts" and not parts.netloc
+    if proxied and own.scheme not in ("http", "https"):
+        raise SystemExit(
+            f"error: the artifacts go through a tracking server, {location}, and this address is "
+            "its database.\n"
+            "hint:  start the server and give its address, http://..., or choose another "
+            "--experiment."
+        )
     over_http = parts.scheme in ("http", "https") or (
         parts.scheme == "mlflow-artifacts" and parts.netloc
     )

@@ -37,6 +37,20 @@ def run(command, **options):
     return printed.strip()
 
 
+def check_port(address, port):
+    """Raise SystemExit unless a server can listen there."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nginx does
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise SystemExit(
+                f"error: {address}:{port} cannot be listened on: {error.strerror}.\n"
+                "hint:  another program listens there, or the address is not this machine's; "
+                "--help names the flags to choose another."
+            ) from None
+
+
 class Processes:
     """The running programs. Each writes to LOGS/NAME.log; on leaving they end, last one first."""
 
@@ -119,6 +133,11 @@ def status_of(sock, path):
         connection.sock = sock
         connection.request("GET", path)
         return connection.getresponse().status
+
+
+def http_status(address, port, path):
+    """The status that a GET over plain http is answered with."""
+    return status_of(socket.create_connection((address, port), timeout=5), path)
 
 
 def unix_socket(path):

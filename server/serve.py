@@ -17,14 +17,13 @@ import pwd
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import credentials
-from processes import Processes, need, run, status_of, tls_socket, unix_socket
+from processes import Processes, check_port, need, run, status_of, tls_socket, unix_socket
 
 HERE = Path(__file__).resolve().parent
 
@@ -190,18 +189,6 @@ def running(folder):
         raise SystemExit(
             f"error: a server runs in {folder} already.\nhint:  stop it first."
         ) from None
-
-
-def check_port(address, port):
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as nginx does
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            raise SystemExit(
-                f"error: {address}:{port} cannot be listened on: {error.strerror}.\n"
-                "hint:  choose other --port, --store_port or --listen."
-            ) from None
 
 
 def start_nginx(args, processes):

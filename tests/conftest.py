@@ -31,7 +31,19 @@ SCRIPTS = (
     "Modify_artifact_location.py",
     "Modify_artifact_location_register_inference.py",
 )
-FURTHER_SCRIPTS = ("scripts/check_connection.py",)
+FURTHER_SCRIPTS = (
+    "scripts/check_connection.py",
+    "scripts/train_and_register_model.py",
+    "scripts/load_and_use_models.py",
+    "scripts/train_simple_mnist.py",
+    "scripts/download_and_infer.py",
+    "scripts/train_with_mlflow.py",
+    "scripts/register_model.py",
+    "scripts/score_rest.py",
+    "scripts/train_fashion_mnist.py",
+    "scripts/tune_fashion_mnist.py",
+    "scripts/log_plot.py",
+)
 
 
 class Finished:
@@ -140,9 +152,27 @@ def mnist_dir(tmp_path_factory):
     return write_mnist(tmp_path_factory.mktemp("data"))
 
 
+# Files whose tests share a scene that takes long to make: each runs in one process.
+TOGETHER = ("test_guides", "test_large_model", "test_search", "test_secrets", "test_serving")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest test first: the others fit beside it."""
-    items.sort(key=lambda item: item.name != "test_five_epochs_at_the_defaults")
+    """What takes longest first: the rest fits beside it."""
+    longest = "test_five_epochs_at_the_defaults"
+    items.sort(key=lambda item: (item.name != longest, item.path.stem not in TOGETHER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests go to whichever process is free, but for those of a file in `TOGETHER`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if Path(file).stem in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

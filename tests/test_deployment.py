@@ -590,6 +590,7 @@ def test_commands_of_the_page():
             assert line in (
                 "python3 -m venv venv && . venv/bin/activate",
                 "pip install -r server/requirements.txt",
+                "python server/local.py start",  # tests/test_guides.py
                 "export AWS_ACCESS_KEY_ID=<access key> AWS_SECRET_ACCESS_KEY=<secret key>",
             ) or line.startswith("pg_dump "), line
         compared += 1

@@ -46,16 +46,22 @@ def test_scripts_import_nothing_heavy_at_module_level():
 
 def test_run_time_packages_are_those_in_requirements():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
+    further = (ROOT / "scripts" / "requirements.txt").read_text()
+    assert re.findall(r"^\w+", further, flags=re.MULTILINE) == ["optuna", "pyyaml"]
     named = {re.split(r"[><=\s]", line)[0] for line in lines if line and not line.startswith("#")}
     named = {"sklearn" if name == "scikit-learn" else name for name in named}
     used = set()
     scripts = [ROOT / script for script in SCRIPTS + FURTHER_SCRIPTS]
     for path in [*scripts, *(ROOT / "common").glob("*.py")]:
         used |= {package for package, _ in imports(path)}
-    # safetensors is optional; requests and cryptography are what MLflow itself uses and brings.
+    # safetensors is optional; what comes after it MLflow itself uses, or Optuna, and brings.
     assert used - set(__import__("sys").stdlib_module_names) - {"common"} == (
-        (named - {"numpy"}) | {"safetensors", "requests", "cryptography"}
+        (named - {"numpy"})
+        | {"optuna", "yaml", "safetensors", "requests", "cryptography", "sqlalchemy"}
     )
+    # The root's scripts do without the packages of scripts/.
+    root = {package for script in SCRIPTS for package, _ in imports(ROOT / script)}
+    assert root.isdisjoint({"optuna", "yaml"})
     assert "numpy" in named  # its arrays are handed to MLflow; no script names it
 
 

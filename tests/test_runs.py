@@ -15,6 +15,8 @@ import pytest
 from conftest import KEY, ROOT, clean_environment, run, training, wait_for_line
 from gateway import Gateway
 
+from common import runs
+
 FOR_HOURS = ("--epochs", "10000")
 
 
@@ -35,6 +37,26 @@ def test_signal_ends_the_run_as_killed(number, code, tmp_path):
     assert logged.info.status == "KILLED"
     assert logged.info.end_time
     assert logged.data.metrics["val_accuracy"] > 0
+
+
+def test_signal_while_python_cleans_up_is_not_lost(monkeypatch):
+    """What a destructor raises, Python drops: SQLAlchemy has many that take a while."""
+    monkeypatch.setattr(runs, "_end", lambda status: f"the run is marked {status}")
+
+    class Object:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    try:
+        with pytest.raises(SystemExit) as ending, runs.always_ended():
+            Object()
+            time.sleep(10)
+            raise AssertionError("the signal is lost")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert ending.value.code == 143 and sys.unraisablehook is hook
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 """The registered model, served by MLflow itself and asked over REST."""
 
 import json
+import re
 import urllib.request
 
 import pytest
-from conftest import clean_environment, free_port, serving
+from conftest import clean_environment, free_port, run, serving
 
 from common import data
 
@@ -47,3 +48,10 @@ def test_pictures_are_recognised(endpoint, count):
 def test_the_example_stored_with_the_model_is_a_ready_request(endpoint, local):
     (example,) = local.folder.glob("mlruns/1/models/*/artifacts/serving_input_example.json")
     assert len(ask(endpoint, json.loads(example.read_text()))) == 2
+
+
+def test_the_script_asks_for_pictures(endpoint, tmp_path):
+    arguments = ("--url", endpoint, "--pictures", 20, "--dataset", "digits")
+    asked = run("scripts/score_rest.py", *arguments, cwd=tmp_path)
+    right = re.findall(r"^sample +\d+  true (\d)  predicted \1$", asked.out, re.MULTILINE)
+    assert len(asked.result["predictions"]) == 20 and len(right) >= 18

@@ -1,0 +1,264 @@
+"""List, load, try and promote models: from a run, or from the registry (guide 2).
+
+    python scripts/load_and_use_models.py list
+    python scripts/load_and_use_models.py versions simple-cnn-classifier
+    python scripts/load_and_use_models.py from-run <RUN_ID> --predict
+    python scripts/load_and_use_models.py from-registry simple-cnn-classifier --predict
+    python scripts/load_and_use_models.py transition simple-cnn-classifier 1 Production
+    python scripts/load_and_use_models.py from-registry simple-cnn-classifier --alias production
+
+You will see what is asked for, and a JSON object as the last line. MLflow has replaced stages by
+aliases: `transition` sets both, the alias being the stage in lower case, and every line that shows
+a stage shows the alias. In the MLflow UI both stand beside the version, under "Models". Each
+command takes --tracking_uri and --ca_bundle; COMMAND --help shows all.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
+
+from common import cli
+
+STAGES = ("None", "Staging", "Production", "Archived")
+
+
+def build_parser():
+    parser = cli.parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, text):
+        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        cli.add_server_arguments(one)
+        return one
+
+    def load(name, text):
+        one = command(name, text)
+        one.add_argument(
+            "--predict", action="store_true", help="predict the test set (default: only load)"
+        )
+        cli.add_data_arguments(one, dataset=None)
+        return one
+
+    command("list", "list all registered models")
+    load("from-run", "load the model that a run logged").add_argument("run_id")
+    registry = load("from-registry", "load a registered model, its latest version by default")
+    registry.add_argument("model_name", type=cli.model_name)
+    which = registry.add_mutually_exclusive_group()
+    which.add_argument("--version", type=cli.whole_number(0), help="this version")
+    which.add_argument("--alias", type=cli.alias, help="the version that the alias points at")
+    which.add_argument("--stage", choices=STAGES[1:], help="the latest version in this stage")
+    command("versions", "list the versions of a model").add_argument(
+        "model_name", type=cli.model_name
+    )
+    transition = command("transition", "move a version to a stage, and the stage's alias with it")
+    transition.add_argument("model_name", type=cli.model_name)
+    transition.add_argument("version", type=cli.whole_number(0))
+    transition.add_argument("stage", choices=STAGES)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+
+    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    from common import credentials, failures, tracking
+
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
+    tracking.connect(args.tracking_uri, args.ca_bundle)
+    command = {
+        "list": list_models,
+        "from-run": load_from_run,
+        "from-registry": load_from_registry,
+        "versions": list_versions,
+        "transition": transition,
+    }[args.command]
+    cli.print_result(**command(args))
+
+
+def list_models(args):
+    import mlflow
+
+    print("Registered Models in MLflow Model Registry")
+    print("=" * 45)
+    # search_registered_models: what stands under "Models" in the UI, page by page.
+    models = mlflow.search_registered_models()
+    for model in models:
+        latest = list(versions_of(model.name).values())[-1:]
+        print(f"\nModel: {model.name}")
+        description = model.description or (latest[0].description if latest else "")
+        print(f"   Description: {description or '-'}")
+        print(f"   Latest Version: {latest[0].version if latest else '-'}")
+        print(f"   Latest Stage: {stage_of(latest[0]) if latest else '-'}")
+        aliases = [f"@{alias} is version {version}" for alias, version in model.aliases.items()]
+        print(f"   Aliases: {', '.join(aliases) or '-'}")
+    return {"models": [model.name for model in models]}
+
+
+def list_versions(args):
+    import mlflow
+
+    versions = versions_of(args.model_name)
+    # get_registered_model: the aliases stand with the model, not with its versions.
+    aliases = mlflow.MlflowClient().get_registered_model(args.model_name).aliases
+    title = f"Versions of Model: {args.model_name}"
+    print(f"{title}\n{'=' * len(title)}")
+    for number, version in versions.items():
+        names = [f"@{name}" for name, target in aliases.items() if str(target) == number]
+        print(f"\nVersion {number}:")
+        print(f"  Stage: {stage_of(version)}")
+        print(f"  Aliases: {', '.join(names) or '-'}")
+        print(f"  Status: {version.status}")
+        print(f"  Description: {version.description or '-'}")
+        print(f"  Run ID: {version.run_id or '-'}")
+    return {
+        "model_name": args.model_name,
+        "versions": list(versions),
+        "aliases": {name: str(number) for name, number in aliases.items()},
+    }
+
+
+def load_from_run(args):
+    from common import runs, tracking
+
+    run = runs.existing_run(args.run_id)
+    tracking.check_artifact_location(run.info.artifact_uri)
+    return load(args, runs.model_uri(run, name=None), run)
+
+
+def load_from_registry(args):
+    import mlflow
+
+    from common import runs, tracking
+
+    name, client = args.model_name, mlflow.MlflowClient()
+    versions = versions_of(name)
+    aliases = client.get_registered_model(name).aliases
+    # The address says which version: models:/NAME/latest, /1, /Production or @production.
+    numbers = list(versions)
+    if args.alias:
+        uri, numbers = f"models:/{name}@{args.alias}", [str(aliases.get(args.alias))]
+    elif args.stage:
+        uri = f"models:/{name}/{args.stage}"
+        numbers = [number for number, v in versions.items() if stage_of(v) == args.stage]
+        alias = args.stage.lower()
+        print(
+            f"stage    stages are deprecated in MLflow; --alias {alias} (models:/{name}@{alias}) "
+            f"replaces this, and is version {aliases.get(alias, '-')}",
+            flush=True,
+        )
+    elif args.version is not None:
+        uri, numbers = f"models:/{name}/{args.version}", [str(args.version)]
+    else:
+        uri = f"models:/{name}/latest"
+    number = numbers[-1] if numbers else None
+    version = version_of(versions, number, uri)
+    print(f"version  {name} version {number}  run {version.run_id or '-'}", flush=True)
+    # get_model_version_download_uri: where the files of a version lie.
+    tracking.check_artifact_location(client.get_model_version_download_uri(name, number))
+    run = runs.existing_run(version.run_id) if version.run_id else None
+    return load(args, uri, run) | {"model_name": name, "model_version": number}
+
+
+def transition(args):
+    import warnings
+
+    import mlflow
+
+    name, alias, number = args.model_name, args.stage.lower(), str(args.version)
+    version = version_of(versions_of(name), number, f"models:/{name}/{number}")
+    client = mlflow.MlflowClient()
+    # A later MLflow will have no stages; the alias then does all the work.
+    if hasattr(client, "transition_model_version_stage"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it is said below
+            # transition_model_version_stage: the word in the column "Stage" of the model's page.
+            client.transition_model_version_stage(name, number, args.stage)
+        print(f"stage    {name} version {number}: {stage_of(version)} -> {args.stage}")
+
+    # An alias points at one version: this one, if the stage is one that programs load from.
+    aliases = client.get_registered_model(name).aliases
+    for other in {"staging", "production"} - {alias}:
+        if str(aliases.get(other)) == number:
+            # delete_registered_model_alias: the version has left that stage.
+            client.delete_registered_model_alias(name, other)
+            print(f"alias    models:/{name}@{other} is removed from version {number}")
+    if alias in ("staging", "production"):
+        # set_registered_model_alias: models:/NAME@production now means this version, for everyone.
+        client.set_registered_model_alias(name, alias, number)
+        print(f"alias    models:/{name}@{alias} is version {number}")
+    print("note     stages are deprecated in MLflow; aliases replace them", flush=True)
+    aliases = client.get_registered_model(name).aliases
+    return {
+        "model_name": name,
+        "model_version": number,
+        "stage": args.stage,
+        "aliases": {alias: str(target) for alias, target in aliases.items()},
+    }
+
+
+def load(args, uri, run):
+    """Load the model at `uri`, which `run` logged, and try it on request."""
+    import tempfile
+
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from common import data, failures, predictions, training
+
+    # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
+    with tempfile.TemporaryDirectory() as folder:
+        # load_model: the network, ready to be called, without the code that made it.
+        try:
+            network = mlflow.pytorch.load_model(uri, dst_path=folder)
+        except MlflowException as error:
+            if failures.diagnose(error):  # the server's fault, not the model's
+                raise
+            raise SystemExit(
+                f"error: the model {uri} cannot be loaded: {error.message}\n"
+                "hint:  only networks can be loaded here, and no pickle, which may run code: if "
+                "you trust its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true."
+            ) from error
+        count = sum(parameter.numel() for parameter in network.parameters())
+        print(f"loaded   {uri}  {count} parameters", flush=True)
+        result = {"run_id": run.info.run_id if run else None, "model_uri": uri, "parameters": count}
+        if not args.predict:
+            return result
+        dataset = predictions.recorded_dataset(run, args.dataset) if run else args.dataset
+        test = data.load(dataset or "mnist", args.data_dir, train=False)
+        scores = training.evaluate(network, test.images, test.labels)
+    predictions.report(test, scores, uri)
+    return result | {"test_accuracy": scores.accuracy}
+
+
+def versions_of(name):
+    """Return {number: version} of a model, oldest first. The numbers are text, as in addresses."""
+    import mlflow
+
+    found = mlflow.search_model_versions(filter_string=f"name = '{name}'")
+    if not found and name not in [model.name for model in mlflow.search_registered_models()]:
+        raise SystemExit(
+            f"error: there is no registered model {name!r} on the tracking server named above.\n"
+            "hint:  scripts/load_and_use_models.py list shows those that there are."
+        )
+    return {str(v.version): v for v in sorted(found, key=lambda version: int(version.version))}
+
+
+def version_of(versions, number, uri):
+    """Return that one of the versions, or raise SystemExit."""
+    if number not in versions:
+        raise SystemExit(
+            f"error: {uri} is no version of the model; it has {', '.join(versions) or 'none'}.\n"
+            "hint:  scripts/load_and_use_models.py versions NAME shows stages and aliases, too."
+        )
+    return versions[number]
+
+
+def stage_of(version):
+    """Return the version's stage as text; "None" also where MLflow has no stages any more."""
+    return str(getattr(version, "current_stage", None))
+
+
+if __name__ == "__main__":
+    main()

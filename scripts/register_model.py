@@ -1,0 +1,70 @@
+"""Register the model of any finished run under any name; each time it is a new version (guide 4).
+
+    python scripts/register_model.py
+    python scripts/register_model.py --run_id <RUN_ID> --model_name iris
+
+Without --run_id it takes the latest run of RandomForest_Training. You will see the run, the model
+and its new version, and a JSON object as the last line. In the MLflow UI the version stands under
+"Models", linked to its run. (register_and_inference.py is the careful way for the networks of this
+project: it checks the model on the test set first, and moves an alias.)
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
+
+from common import cli
+
+EXPERIMENT = "RandomForest_Training"  # where train_with_mlflow.py logs
+MODEL_NAME = "New Registered Model"  # the entry in the registry that gets a new version
+
+
+def build_parser():
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--run_id", type=cli.not_empty, help="the run to take (default: the experiment's latest)"
+    )
+    parser.add_argument(
+        "--model_name",
+        type=cli.model_name,
+        default=MODEL_NAME,
+        help="name in the registry (default: %(default)s)",
+    )
+    cli.add_server_arguments(parser, EXPERIMENT)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+
+    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    import mlflow
+
+    from common import credentials, failures, provenance, runs, tracking
+
+    # 1. Connect, and find the run and its model.
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
+    tracking.connect(args.tracking_uri, args.ca_bundle)
+    run_id = args.run_id or runs.latest_run(args.experiment).info.run_id
+    run = runs.finished_run(run_id)
+    tracking.check_artifact_location(run.info.artifact_uri)
+    model_uri = runs.model_uri(run, name=None)
+    print(f"run      {run_id}  {run.info.run_name}  {model_uri}", flush=True)
+
+    # 2. Register. register_model: makes the name if it does not exist, and adds a version to it.
+    version = mlflow.register_model(
+        model_uri, args.model_name, tags={"registered_by": provenance.user()}
+    )
+    print(f"model    {args.model_name} version {version.version}", flush=True)
+    cli.print_result(
+        run_id=run_id,
+        model_name=args.model_name,
+        model_version=str(version.version),
+        model_uri=f"models:/{args.model_name}/{version.version}",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Ask a model that `mlflow models serve` serves: rows of a table, or pictures (guide 4).
+
+    python scripts/score_rest.py
+    python scripts/score_rest.py --data "[[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]"
+    python scripts/score_rest.py --pictures 5 --dataset digits --url http://127.0.0.1:5001
+
+Before, in another terminal: mlflow models serve -m "models:/New Registered Model/1" --env-manager
+local --port 1234. You will see one line a row or picture with the prediction, and a JSON object as
+the last line. No tracking server is asked, so there is no --tracking_uri, and no key is sent.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
+
+from common import cli
+
+URL = "http://127.0.0.1:1234"  # the guide's port; /invocations is added if it is missing
+COLUMNS = ("sepal_length", "sepal_width", "petal_length", "petal_width")
+ROWS = "[[5.1, 3.5, 1.4, 0.2]]"
+
+
+def build_parser():
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--url", type=cli.not_empty, default=URL, help="the served model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=COLUMNS,
+        metavar="NAME",
+        help=f"names of the columns (default: {' '.join(COLUMNS)})",
+    )
+    parser.add_argument("--data", default=ROWS, help="rows, as JSON (default: %(default)s)")
+    parser.add_argument(
+        "--pictures",
+        type=cli.whole_number(1),
+        metavar="N",
+        help="send the first N pictures of the test set in place of rows (default: rows)",
+    )
+    cli.add_data_arguments(parser)
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    rows = rows_in(args.data, len(args.columns))
+    if rows is None:
+        parser.error(f"--data must be rows of {len(args.columns)} values, as JSON: {args.data!r}")
+
+    # 1. The payload, in one of the forms that MLflow takes today.
+    truth = None
+    if args.pictures:
+        from common import data
+
+        test = data.load(args.dataset, args.data_dir, train=False)
+        # Pixels in [0, 1], nothing else: the model normalises by itself.
+        pixels = test.images[: args.pictures].float() / 255
+        truth = test.labels[: args.pictures].tolist()
+        payload = {"inputs": pixels.tolist()}
+    else:
+        # Column names and rows. Bare `columns` and `data`, as MLflow 1 took them, are refused.
+        payload = {"dataframe_split": {"columns": list(args.columns), "data": rows}}
+
+    # 2. Ask.
+    url = args.url.rstrip("/").removesuffix("/invocations") + "/invocations"
+    answers = ask(url, payload)
+
+    # 3. Say what it said. A network answers with a number a class: the largest one counts.
+    if truth:
+        answers = [row.index(max(row)) for row in answers]
+        for i, (true, predicted) in enumerate(zip(truth, answers, strict=True)):
+            print(f"sample   {i}  true {true}  predicted {predicted}")
+    else:
+        for row, predicted in zip(rows, answers, strict=True):
+            print(f"row      {row}  predicted {predicted}")
+    cli.print_result(url=url, predictions=answers)
+
+
+def rows_in(text, width):
+    """Return the rows in a JSON text, or None if it holds none of that width."""
+    import json
+
+    try:
+        rows = json.loads(text)
+    except ValueError:
+        return None
+    good = isinstance(rows, list) and all(isinstance(r, list) and len(r) == width for r in rows)
+    return rows if good and rows else None
+
+
+def ask(url, payload):
+    """Post the payload, and return the predictions; or raise SystemExit with what went wrong."""
+    import re
+    from urllib.parse import urlsplit
+
+    import requests
+
+    session = requests.Session()
+    # The proxy of a compute node is not asked for this machine itself.
+    session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
+    try:
+        response = session.post(url, json=payload, timeout=(10, 120))
+    except (requests.RequestException, ValueError) as error:
+        found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
+        reason = found[1] if found else str(error)[:200]
+        raise SystemExit(
+            f"error: no served model answers at {url}: {reason}\n"
+            'hint:  mlflow models serve -m "models:/NAME/1" --env-manager local --port 1234'
+        ) from error
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if response.status_code != 200 and isinstance(answer, dict):
+        # The message repeats all the data first.
+        said = " ".join(str(answer.get("message", answer)).split()).rsplit(" Error: ", 1)[-1][:300]
+        raise SystemExit(
+            f"error: the served model refuses the request (error {response.status_code}): {said}\n"
+            "hint:  the model's page names the inputs it takes: columns, or pictures (--pictures)."
+        )
+    if not isinstance(answer, dict) or "predictions" not in answer:
+        raise SystemExit(
+            f"error: {url} answers (status {response.status_code}), but not as a served model.\n"
+            "hint:  is it the port of mlflow models serve, and not of the tracking server?"
+        )
+    return answer["predictions"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Train a CNN on Fashion-MNIST as one tracked run, from flags or a settings file (guide 5).
+
+    python scripts/train_fashion_mnist.py
+    python scripts/train_fashion_mnist.py --config scripts/cfg/quick.yaml --epochs 2
+
+A tenth of the training set is held out for the curves; the test set is for the final score.
+You will see one line an epoch, and a JSON object as the last line. In the MLflow UI the run stands
+in the experiment "Image classification", with its parameters, its curves and its model.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
+
+from common import cli
+
+EXPERIMENT = "Image classification"  # the group of runs that this one joins
+
+
+def build_parser():
+    parser = cli.parser(__doc__)
+    cli.add_config_argument(parser)
+    parser.add_argument(
+        "--epochs",
+        type=cli.whole_number(1),
+        default=5,
+        help="passes over the training set (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=cli.whole_number(1),
+        default=32,
+        help="pictures a step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lr",
+        type=cli.learning_rate,
+        default=0.001,
+        help="learning rate of Adam (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dropout",
+        type=cli.fraction,
+        default=0.25,
+        help="fraction of the hidden units that are left out at each step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=cli.whole_number(0),
+        default=0,
+        help="seed of the weights, the split and the order of pictures (default: %(default)s)",
+    )
+    cli.add_data_arguments(parser, dataset="fashion_mnist")
+    cli.add_server_arguments(parser, EXPERIMENT)
+    return parser
+
+
+def main(argv=None):
+    args = cli.parse_with_config(build_parser(), argv)
+
+    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    import mlflow
+    import torch
+
+    from common import (
+        credentials,
+        data,
+        failures,
+        model,
+        plots,
+        predictions,
+        provenance,
+        runs,
+        tracking,
+        training,
+    )
+
+    # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    credentials.send_api_key()  # with every request to it, and with no other
+    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    everything = data.load(args.dataset, args.data_dir, train=True)
+    train, validation = data.hold_out(everything, seed=args.seed)
+    test = data.load(args.dataset, args.data_dir, train=False)
+
+    torch.manual_seed(args.seed)
+    network = model.SimpleCNN(args.dropout).to(training.best_device())
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
+
+    # set_experiment: like a project folder; on the left in the UI.
+    experiment = mlflow.set_experiment(args.experiment)
+    tracking.check_artifact_location(experiment.artifact_location)
+
+    # 2. Train and log. start_run: one training attempt, with a page of its own.
+    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
+        run_id = run.info.run_id
+        print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
+        # set_tags: who, from which commit, in which batch job.
+        mlflow.set_tags(
+            {
+                "owner": provenance.user(),
+                **provenance.git_tags(__file__),
+                **provenance.job_tags(),
+            }
+        )
+        # log_params: what was set before training; the columns to compare runs by.
+        mlflow.log_params(
+            {
+                "learning_rate": args.lr,
+                "batch_size": args.batch_size,
+                "epochs": args.epochs,
+                "dropout": args.dropout,
+                "seed": args.seed,
+                "dataset": args.dataset,
+            }
+        )
+        for epoch in training.epochs(
+            network, optimizer, train, validation, args.epochs, args.batch_size, args.seed
+        ):
+            # log_metrics: a point on each curve, in one request; tab "Model metrics".
+            mlflow.log_metrics(
+                {
+                    "train_loss": epoch.train_loss,
+                    "train_accuracy": epoch.train_accuracy,
+                    "val_loss": epoch.val_loss,
+                    "val_accuracy": epoch.val_accuracy,
+                },
+                step=epoch.number,
+            )
+            print(
+                f"epoch {epoch.number}/{args.epochs}  train_loss {epoch.train_loss:.4f}  "
+                f"val_loss {epoch.val_loss:.4f}  val_accuracy {epoch.val_accuracy:.4f}  "
+                f"{epoch.seconds:.1f} s",
+                flush=True,
+            )
+
+        # 3. Score on data that neither trained nor chose, and store.
+        network = network.cpu().eval()
+        scores = training.evaluate(network, test.images, test.labels)
+        mlflow.log_metric("test_accuracy", scores.accuracy)
+        # log_figure: a picture in the tab "Artifacts", with no file left behind here.
+        mlflow.log_figure(
+            plots.confusion_matrix_figure(
+                test.labels,
+                scores.predictions,
+                test.class_names,
+                f"{args.dataset} test set, accuracy {scores.accuracy:.4f}",
+            ),
+            "plots/confusion_matrix.png",
+        )
+        # log_dict: what it predicts for each test picture, to check a loaded model by.
+        mlflow.log_dict(
+            predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
+        )
+        # log_model: weights, signature and requirements, loadable without this code.
+        logged = mlflow.pytorch.log_model(
+            network,
+            name="model",
+            input_example=model.input_example(test.images),
+            pip_requirements=model.pip_requirements(),
+            step=args.epochs,
+        )
+    cli.print_result(
+        run_id=run_id,
+        model_uri=logged.model_uri,
+        val_accuracy=epoch.val_accuracy,
+        test_accuracy=scores.accuracy,
+    )
+
+
+if __name__ == "__main__":
+    main()
