@@ -64,7 +64,7 @@ def build_parser():
     )
     parser.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
+        choices=("auto", "cpu", "cuda", "xpu", "mps"),
         default="auto",
         help="where to train; auto: a GPU if there is one (default: %(default)s)",
     )

@@ -95,7 +95,10 @@ def join():
     # Processes that are not bound to cores would all use all of them, and slow each other down.
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() == os.cpu_count():
         torch.set_num_threads(max(1, os.cpu_count() // world.local_size))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo"
+    for kind, library in (("cuda", "nccl"), ("xpu", "xccl")):
+        if torch.get_device_module(kind).is_available():
+            backend += f",{kind}:{library}"
     hook = sys.excepthook  # torch's own, which the next call sets, swallows short messages
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     try:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+GPUS = ("cuda", "xpu")  # a node may have several of them
+
 
 class Evaluation(NamedTuple):
     """What `evaluate` found on N pictures."""
@@ -41,10 +43,15 @@ class Epoch(NamedTuple):
 def best_device(name="auto", local_rank=0):
     """Return the device called `name`; "auto" is a GPU if torch sees one, else the CPU.
 
-    ROCm goes by the name of CUDA. Process `local_rank` of a node takes the GPU of that number.
+    ROCm goes by the name of CUDA, and Intel's GPUs by that of XPU. Process `local_rank` of a node
+    takes the GPU of that number.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there["mps"] &= not dist.is_initialized()  # it takes no part in several processes
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": torch.xpu.is_available(),
+        # It takes no part in several processes.
+        "mps": torch.backends.mps.is_available() and not dist.is_initialized(),
+    }
     if name == "auto":
         name = next((kind for kind in there if there[kind]), "cpu")
     if not there.get(name, True):
@@ -52,10 +59,11 @@ def best_device(name="auto", local_rank=0):
             f"error: --device {name}: PyTorch {torch.__version__} sees none that it can use here.\n"
             "hint:  --device auto takes what there is."
         )
-    if name != "cuda":
+    if name not in GPUS:
         return torch.device(name)
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    gpus = torch.get_device_module(name)
+    device = torch.device(name, local_rank % gpus.device_count())
+    gpus.set_device(device)
     return device
 
 
@@ -66,8 +74,8 @@ def best_precision(name, device):
     """
     if name != "auto":
         return name
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type in GPUS:
+        fast = torch.get_device_module(device).is_bf16_supported(including_emulation=False)
     else:
         known = getattr(torch.cpu, "get_capabilities", dict)()
         fast = device.type == "cpu" and known.get("amx_bf16", False)

@@ -1,0 +1,55 @@
+#!/bin/bash -l
+# One training on Frontier (OLCF), a process for each half of an MI250X, which is a GPU of its own.
+#
+#     sbatch jobs/frontier.sh --epochs 5 --register --phase production
+#
+# All arguments go to the training script. Submit it from the project's folder, after you have filled
+# in what stands in <...>, here and on the lines that begin with #SBATCH, and have run once on a login
+# node, where there is a network:
+#
+#     module load miniforge3 rocm/<version>
+#     python3 -m venv ~/mlflow-venv
+#     ~/mlflow-venv/bin/pip install torch torchvision --index-url <the ROCm wheels of pytorch.org>
+#     ~/mlflow-venv/bin/pip install -r requirements.txt
+#     ~/mlflow-venv/bin/python -c "from torchvision.datasets import MNIST; MNIST('<scratch>', download=True)"
+#     install -m 600 /dev/stdin ~/.amsc_key               # paste the key, Enter, Ctrl-D
+#
+#SBATCH --job-name=mnist
+#SBATCH --account=<project>
+#SBATCH --partition=batch
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=7
+#SBATCH --time=00:30:00
+#SBATCH --output=%x-%j.log
+# A minute before the time is up the training is told: its run ends as KILLED, not as RUNNING.
+#SBATCH --signal=TERM@60
+
+# Before `set -u`, which the site's own functions are not written for.
+module load miniforge3 "rocm/<version>"
+set -euo pipefail
+
+SCRIPT=train_mnist_mlflow.py # or Modify_artifact_location.py, which wants --target_path
+DATA="<scratch>"
+VENV="$HOME/mlflow-venv"
+KEY_FILE="$HOME/.amsc_key"
+
+# Compute nodes reach the tracking server through this proxy only. Without all_proxy=socks://...,
+# which OLCF recommends as well: Python would ask for another package to use it.
+export https_proxy=http://proxy.ccs.ornl.gov:3128/ http_proxy=http://proxy.ccs.ornl.gov:3128/
+export no_proxy=localhost,127.0.0.1,.ccs.ornl.gov
+
+# The key: from the environment that you submit from, else from a file that only you may read.
+if [[ -z "${AM_SC_API_KEY:-}" && -e "$KEY_FILE" ]]; then
+    export AM_SC_API_KEY_FILE="$KEY_FILE"
+fi
+
+# The processes meet over the fast network.
+export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-hsn}"
+# MIOpen keeps what it has compiled in SQLite files, which many processes cannot share in a home.
+export MIOPEN_USER_DB_PATH="/tmp/$USER-miopen" MIOPEN_CUSTOM_CACHE_DIR="/tmp/$USER-miopen"
+
+export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
+# One process that dies ends the others: nobody waits for it until the time is up.
+srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" --gpus-per-task=1 --gpu-bind=closest \
+    "$VENV/bin/python" -u "$SCRIPT" --data_dir "$DATA" "$@"

@@ -1,0 +1,49 @@
+#!/bin/bash -l
+# One training on Perlmutter (NERSC), a process for each A100.
+#
+#     sbatch jobs/perlmutter.sh --epochs 5 --register --phase production
+#
+# All arguments go to the training script. Submit it from the project's folder, after you have filled
+# in what stands in <...>, here and on the lines that begin with #SBATCH, and have run once on a login
+# node, where there is a network:
+#
+#     module load python
+#     python3 -m venv ~/mlflow-venv
+#     ~/mlflow-venv/bin/pip install -r requirements.txt
+#     ~/mlflow-venv/bin/python -c "from torchvision.datasets import MNIST; MNIST('$SCRATCH', download=True)"
+#     install -m 600 /dev/stdin ~/.amsc_key               # paste the key, Enter, Ctrl-D
+#
+#SBATCH --job-name=mnist
+#SBATCH --account=<project>
+#SBATCH --qos=regular
+#SBATCH --constraint=gpu
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=00:30:00
+#SBATCH --output=%x-%j.log
+# A minute before the time is up the training is told: its run ends as KILLED, not as RUNNING.
+#SBATCH --signal=TERM@60
+
+# Before `set -u`, which the site's own functions are not written for.
+module load python
+set -euo pipefail
+
+SCRIPT=train_mnist_mlflow.py # or Modify_artifact_location.py, which wants --target_path
+DATA="$SCRATCH"
+VENV="$HOME/mlflow-venv"
+KEY_FILE="$HOME/.amsc_key"
+
+# The key: from the environment that you submit from, else from a file that only you may read.
+if [[ -z "${AM_SC_API_KEY:-}" && -e "$KEY_FILE" ]]; then
+    export AM_SC_API_KEY_FILE="$KEY_FILE"
+fi
+
+# The processes meet over the fast network. The compute nodes reach the tracking server directly.
+export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-hsn}"
+
+export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
+# One process that dies ends the others: nobody waits for it until the time is up.
+srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" \
+    "$VENV/bin/python" -u "$SCRIPT" --data_dir "$DATA" "$@"

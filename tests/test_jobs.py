@@ -1,0 +1,178 @@
+"""The job files, filled in as a user would, and run by stand-ins for the schedulers' commands."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import mlflow
+import pytest
+from conftest import KEY, ROOT, clean_environment
+
+JOBS = {path.name: path for path in sorted((ROOT / "jobs").glob("*.sh"))}
+PLACEHOLDERS = {
+    "<project>": "abc123",
+    "<partition>": "gpu",
+    "<queue>": "debug",
+    "<version>": "6.4",
+}
+# Further ones stand in comments, for whoever needs them.
+IN_COMMENTS = {"<...>", "<proxy>", "<port>", "<the ROCm wheels of pytorch.org>"}
+
+# `sbatch [options] FILE arguments`: the options in the file, then those of the command line.
+SBATCH = """
+import os, re, subprocess, sys
+typed = []
+while sys.argv[1].startswith("--"):
+    typed.append(sys.argv.pop(1))
+lines = re.findall(r"^#SBATCH (--.*)", open(sys.argv[1]).read(), re.M)
+options = dict(line.removeprefix("--").split("=", 1) for line in [*lines, *typed])
+nodes, tasks = int(options["nodes"]), int(options["ntasks-per-node"])
+os.environ |= {
+    "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": options["job-name"],
+    "SLURM_NNODES": str(nodes), "SLURM_NTASKS": str(nodes * tasks), "SLURM_PROCID": "0",
+    "SLURM_CPUS_PER_TASK": options["cpus-per-task"], "SLURM_JOB_NODELIST": "localhost",
+    "SLURM_SUBMIT_DIR": os.getcwd(),
+}
+sys.exit(subprocess.run(["bash", *sys.argv[1:]]).returncode)
+"""
+
+# `qsub [options] -- FILE arguments`: runs it in the home directory, without reading it.
+QSUB = """
+import os, pathlib, subprocess, sys
+at = sys.argv.index("--")
+assert "-A" in sys.argv[:at] and "filesystems=home" in " ".join(sys.argv[:at])
+assert os.path.isabs(sys.argv[at + 1])
+nodes = pathlib.Path(os.environ["HOME"], "nodes")
+nodes.write_text("localhost\\n")
+os.environ |= {
+    "PBS_JOBID": f"{os.getpid()}.polaris-pbs-01", "PBS_JOBNAME": "mnist",
+    "PBS_NODEFILE": str(nodes), "PBS_O_WORKDIR": os.getcwd(),
+}
+sys.exit(subprocess.run(sys.argv[at + 1:], cwd=os.environ["HOME"]).returncode)
+"""
+
+# `srun [options] command` and `mpiexec [options] command`: the command as often as it is to run.
+LAUNCHER = """
+import os, subprocess, sys, time
+options = sys.argv[1:sys.argv.index(next(a for a in sys.argv if a.endswith("/python")))]
+command = sys.argv[len(options) + 1:]
+if os.path.basename(sys.argv[0]) == "srun":
+    assert "--kill-on-bad-exit=1" in options
+    count, names = int(os.environ["SLURM_NTASKS"]), ("SLURM_PROCID", "SLURM_LOCALID")
+    os.environ |= {"SLURM_STEP_NUM_TASKS": str(count), "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": str(count), "SLURM_STEP_ID": "0"}
+else:
+    count, names = int(options[options.index("-n") + 1]), ("PALS_RANKID", "PALS_LOCAL_RANKID")
+    os.environ |= {"PMI_SIZE": str(count), "PALS_LOCAL_SIZE": options[options.index("--ppn") + 1]}
+ranks = [subprocess.Popen(command, env=os.environ | dict.fromkeys(names, str(rank)))
+    for rank in range(count)]
+while None in (codes := [rank.poll() for rank in ranks]):
+    if any(codes):
+        for rank in ranks:
+            rank.terminate()
+    time.sleep(0.1)
+sys.exit(max(map(abs, codes)))
+"""
+
+
+@pytest.fixture
+def submit(tmp_path, mnist_dir):
+    """A function that fills in a job file, submits it, and returns (exit code, job log, folder)."""
+    home, project, commands = (tmp_path / name for name in ("home", "project", "commands"))
+    for folder in (home, project, commands):
+        folder.mkdir()
+    (home / "mlflow-venv").symlink_to(sys.prefix)
+    # Job files with `bash -l` read the machine's profile, which sets PATH, and then this one.
+    (home / ".bash_profile").write_text(f'PATH="{commands}:$PATH"\n')
+    for name in ("train_mnist_mlflow.py", "Modify_artifact_location.py", "common"):
+        (project / name).symlink_to(ROOT / name)
+    programs = {"sbatch": SBATCH, "qsub": QSUB, "srun": LAUNCHER, "mpiexec": LAUNCHER}
+    for name, text in programs.items():
+        (commands / name).write_text(f"#!{sys.executable}{text}")
+    (commands / "module").write_text('#!/bin/bash\necho "module $*"\n')
+    for command in commands.iterdir():
+        command.chmod(0o755)
+
+    def submit(name, *arguments, **variables):
+        shutil.copytree(ROOT / "jobs", project / "jobs")
+        job = project / "jobs" / name
+        text = re.sub("PER_NODE=(4|12) ", "PER_NODE=2 ", job.read_text())
+        for placeholder, value in {**PLACEHOLDERS, "<scratch>": str(mnist_dir)}.items():
+            text = text.replace(placeholder, value)
+        job.write_text(text)
+        environment = clean_environment(
+            HOME=str(home),
+            SCRATCH=str(mnist_dir),
+            USER="8cf",
+            GLOO_SOCKET_IFNAME="lo",
+            **variables,
+        )
+        environment["PATH"] = f"{commands}{os.pathsep}{environment['PATH']}"
+        # The command is the one in the file's own head, but for the size and the arguments.
+        typed = re.search(r"^# +((?:sbatch|qsub) .*?) --epochs", text, re.M)[1]
+        if typed.startswith("sbatch"):
+            typed = typed.replace("sbatch", "sbatch --nodes=1 --ntasks-per-node=2")
+        process = subprocess.run(
+            ["bash", "-c", typed + ' "$@"', "bash", *arguments],
+            cwd=project,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        return process.returncode, process.stdout, project
+
+    return submit
+
+
+def test_there_are_five_and_a_shell_reads_them():
+    assert len(JOBS) == 5
+    subprocess.run(["bash", "-n", *JOBS.values()], check=True)
+    if not shutil.which("shellcheck"):
+        assert "REQUIRE_SERVERS" not in os.environ  # .ci/run installs it
+        pytest.skip("no shellcheck")
+    subprocess.run(["shellcheck", *JOBS.values()], check=True)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_what_is_to_be_filled_in_stands_at_the_top(name):
+    text = JOBS[name].read_text()
+    found = set(re.findall(r"<[^<>\n]+>", text))
+    assert {"<project>"} < found <= {*PLACEHOLDERS, "<scratch>", *IN_COMMENTS}
+    head = text[: text.index("KEY_FILE=")]
+    assert {word for word in found if word in head} >= found - IN_COMMENTS
+    assert os.access(JOBS[name], os.X_OK)  # qsub runs it as a command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_make_one_run(name, submit):
+    arguments = ("--batch_size", "128", "--note", "two words, and a comma", "--phase", "tuning")
+    code, log, folder = submit(name, *arguments)
+    assert code == 0, log
+    if name != "slurm.sh":
+        assert log.startswith("module ")
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
+    assert (run.data.params["processes"], run.data.params["batch_size"]) == ("2", "128")
+    assert run.data.tags["mlflow.note.content"] == "two words, and a comma"
+    assert run.data.tags["job.scheduler"] in ("slurm", "pbs")
+    assert re.match(r"\d+(\.polaris-pbs-01)?$", run.data.tags["job.id"])
+    assert run.data.tags["job.name"] == "mnist"
+    assert log.count("\nepoch 1/1 ") == log.count("\nrun ") == 1
+
+
+@pytest.mark.slow
+def test_a_failure_fails_the_job(submit, tmp_path):
+    """A key file that others may read; process 0 says so, and the other one does not stay."""
+    key_file = tmp_path / "home" / ".amsc_key"
+    key_file.write_text(KEY)
+    key_file.chmod(0o644)
+    code, log, _ = submit("slurm.sh")
+    assert code
+    assert log.count("error: ") == 1 and "is open to others than its owner" in log, log
+    assert KEY not in log
