@@ -20,6 +20,9 @@ import torch.distributed as dist
 # How long a process waits for another, at the start and at each step. MLflow tries again for some
 # four minutes while a server is away, and the others wait for the process that does so.
 PATIENCE = timedelta(minutes=10)
+# For how many seconds the others go on after a signal, while process 0 ends the run. A launcher
+# that saw one of them end first would stop process 0 in the middle of that.
+GRACE = 20
 
 # Variables of each launcher: this process's number, how many there are, its number on this node,
 # how many there are on this node. The first launcher that names both number and count is taken.
@@ -53,10 +56,20 @@ def find(variables):
         match = re.match(r"\d+", variables.get(name, ""))  # "4(x2)": Slurm, for 2 nodes of 4
         return int(match[0]) if match else default
 
+    by_slurm = [variables.get(name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")]
     for rank, size, local_rank, local_size in LAUNCHERS:
-        if rank in variables and size in variables:
-            here = number(rank, 0)
-            return World(here, number(size, 1), number(local_rank, here), number(local_size, 1))
+        if rank not in variables or size not in variables:
+            continue
+        if rank == "PMI_RANK" and [variables[rank], variables[size]] == by_slurm:
+            continue  # srun --mpi=pmi2: Slurm's own variables also say who is on this node
+        here, count = number(rank, 0), number(size, 0)
+        if here >= count:
+            raise SystemExit(
+                f"error: {rank} is {variables[rank]!r} and {size} is {variables[size]!r}: there is "
+                "no such process.\n"
+                f"hint:  unset {rank} and {size}, if they are left over from a launcher."
+            )
+        return World(here, count, number(local_rank, here), number(local_size, 1))
     for rank in ("RANK", "PMI_RANK", "PMIX_RANK"):
         if rank in variables:
             raise SystemExit(
@@ -71,7 +84,11 @@ def meeting_point(variables):
     job = variables.get("SLURM_JOB_ID") or variables.get("PBS_JOBID") or ""
     # Two jobs may share a node: each gets a port of its own, and so does each step of a job.
     digits = "".join(re.findall(r"\d+", job.split(".")[0] + variables.get("SLURM_STEP_ID", "")))
-    port = variables.get("MASTER_PORT") or (10000 + int(digits) % 20000 if digits else 29500)
+    port = variables.get("MASTER_PORT") or str(10000 + int(digits) % 20000 if digits else 29500)
+    if not port.isdigit() or not 0 < int(port) < 2**16:
+        raise SystemExit(
+            f"error: MASTER_PORT is {port!r}, which is no port.\nhint:  unset it, or give 29500."
+        )
     host = variables.get("MASTER_ADDR")
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
     if not host and nodes:  # "nid[0012-0015,0020]", "node1,node2", "r[1-2]n3"
@@ -101,6 +118,10 @@ def join():
             backend += f",{kind}:{library}"
     hook = sys.excepthook  # torch's own, which the next call sets, swallows short messages
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    if world.rank == 0:
+        print(f"meet     {world.size} processes at {host} port {port}", flush=True)
+    # While torch waits, Python's own handler would not run: Ctrl-C ends the process at once.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         dist.init_process_group(backend, timeout=PATIENCE, rank=world.rank, world_size=world.size)
     except dist.DistError as error:
@@ -111,8 +132,8 @@ def join():
         ) from error
     sys.excepthook = _explain_loss(world, hook)
     signal.signal(signal.SIGTERM, _end_soon)
-    if world.rank:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # process 0 says what there is to say
+    # Process 0 says what there is to say.
+    signal.signal(signal.SIGINT, _end_soon if world.rank else interrupt)
     return world
 
 
@@ -137,7 +158,7 @@ def another_ended():
 
 
 def _end_soon(number, frame):
-    timer = threading.Timer(5, os._exit, (128 + number,))
+    timer = threading.Timer(GRACE, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()
 

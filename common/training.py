@@ -70,7 +70,7 @@ def best_device(name="auto", local_rank=0):
 def best_precision(name, device):
     """Return "fp32" or "bf16": what `name` says, or for "auto" what `device` is faster at.
 
-    On a CPU that takes AMX. Others compute bfloat16 as well, some of them 200 times slower.
+    On a CPU that takes AMX. Others compute bfloat16 as well, some of them 30 times slower.
     """
     if name != "auto":
         return name

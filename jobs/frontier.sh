@@ -32,17 +32,15 @@ set -euo pipefail
 SCRIPT=train_mnist_mlflow.py # or Modify_artifact_location.py, which wants --target_path
 DATA="<scratch>"
 VENV="$HOME/mlflow-venv"
-KEY_FILE="$HOME/.amsc_key"
 
 # Compute nodes reach the tracking server through this proxy only. Without all_proxy=socks://...,
 # which OLCF recommends as well: Python would ask for another package to use it.
 export https_proxy=http://proxy.ccs.ornl.gov:3128/ http_proxy=http://proxy.ccs.ornl.gov:3128/
 export no_proxy=localhost,127.0.0.1,.ccs.ornl.gov
 
-# The key: from the environment that you submit from, else from a file that only you may read.
-if [[ -z "${AM_SC_API_KEY:-}" && -e "$KEY_FILE" ]]; then
-    export AM_SC_API_KEY_FILE="$KEY_FILE"
-fi
+# The key, in a file that only you may read. Without it the job ends at once: delete this line if you
+# want none, for a local store or a server that asks for none.
+export AM_SC_API_KEY_FILE="${AM_SC_API_KEY_FILE:-$HOME/.amsc_key}"
 
 # The processes meet over the fast network.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-hsn}"

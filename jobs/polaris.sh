@@ -31,16 +31,14 @@ set -euo pipefail
 SCRIPT=train_mnist_mlflow.py # or Modify_artifact_location.py, which wants --target_path
 DATA="<scratch>"
 VENV="$HOME/mlflow-venv"
-KEY_FILE="$HOME/.amsc_key"
 
 # Compute nodes reach the tracking server through this proxy only.
 export https_proxy=http://proxy.alcf.anl.gov:3128 http_proxy=http://proxy.alcf.anl.gov:3128
 export no_proxy=localhost,127.0.0.1,.alcf.anl.gov
 
-# The key, from a file that only you may read: qsub -v would show it to everyone who calls qstat -f.
-if [[ -e "$KEY_FILE" ]]; then
-    export AM_SC_API_KEY_FILE="$KEY_FILE"
-fi
+# The key, in a file that only you may read. Without it the job ends at once: delete this line if you
+# want none, for a local store or a server that asks for none.
+export AM_SC_API_KEY_FILE="${AM_SC_API_KEY_FILE:-$HOME/.amsc_key}"
 
 # The processes meet over the fast network.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-hsn}"

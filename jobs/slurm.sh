@@ -28,15 +28,13 @@ set -euo pipefail
 SCRIPT=train_mnist_mlflow.py # or Modify_artifact_location.py, which wants --target_path
 DATA="<scratch>"
 VENV="$HOME/mlflow-venv"
-KEY_FILE="$HOME/.amsc_key"
 
 # If the compute nodes have no network of their own: the site's proxy.
 # export https_proxy=http://<proxy>:<port> http_proxy=http://<proxy>:<port>
 
-# The key: from the environment that you submit from, else from a file that only you may read.
-if [[ -z "${AM_SC_API_KEY:-}" && -e "$KEY_FILE" ]]; then
-    export AM_SC_API_KEY_FILE="$KEY_FILE"
-fi
+# The key, in a file that only you may read. Without it the job ends at once: delete this line if you
+# want none, for a local store or a server that asks for none.
+export AM_SC_API_KEY_FILE="${AM_SC_API_KEY_FILE:-$HOME/.amsc_key}"
 
 export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
 # One process that dies ends the others: nobody waits for it until the time is up.

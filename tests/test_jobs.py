@@ -95,7 +95,7 @@ def submit(tmp_path, mnist_dir):
     for command in commands.iterdir():
         command.chmod(0o755)
 
-    def submit(name, *arguments, **variables):
+    def submit(name, *arguments, mode=0o600):
         shutil.copytree(ROOT / "jobs", project / "jobs")
         job = project / "jobs" / name
         text = re.sub("PER_NODE=(4|12) ", "PER_NODE=2 ", job.read_text())
@@ -107,10 +107,12 @@ def submit(tmp_path, mnist_dir):
             SCRATCH=str(mnist_dir),
             USER="8cf",
             GLOO_SOCKET_IFNAME="lo",
-            **variables,
         )
         environment["PATH"] = f"{commands}{os.pathsep}{environment['PATH']}"
         # The command is the one in the file's own head, but for the size and the arguments.
+        key_file = home / ".amsc_key"
+        key_file.write_text(KEY)
+        key_file.chmod(mode)
         typed = re.search(r"^# +((?:sbatch|qsub) .*?) --epochs", text, re.M)[1]
         if typed.startswith("sbatch"):
             typed = typed.replace("sbatch", "sbatch --nodes=1 --ntasks-per-node=2")
@@ -142,7 +144,7 @@ def test_what_is_to_be_filled_in_stands_at_the_top(name):
     text = JOBS[name].read_text()
     found = set(re.findall(r"<[^<>\n]+>", text))
     assert {"<project>"} < found <= {*PLACEHOLDERS, "<scratch>", *IN_COMMENTS}
-    head = text[: text.index("KEY_FILE=")]
+    head = text[: text.index("VENV=")]
     assert {word for word in found if word in head} >= found - IN_COMMENTS
     assert os.access(JOBS[name], os.X_OK)  # qsub runs it as a command
 
@@ -150,7 +152,16 @@ def test_what_is_to_be_filled_in_stands_at_the_top(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_make_one_run(name, submit):
-    arguments = ("--batch_size", "128", "--note", "two words, and a comma", "--phase", "tuning")
+    arguments = (
+        "--tracking_uri",
+        "sqlite:///mlflow.db",
+        "--batch_size",
+        "128",
+        "--note",
+        "two words, and a comma",
+        "--phase",
+        "tuning",
+    )
     code, log, folder = submit(name, *arguments)
     assert code == 0, log
     if name != "slurm.sh":
@@ -167,12 +178,9 @@ def test_two_processes_make_one_run(name, submit):
 
 
 @pytest.mark.slow
-def test_a_failure_fails_the_job(submit, tmp_path):
+def test_a_failure_fails_the_job(submit):
     """A key file that others may read; process 0 says so, and the other one does not stay."""
-    key_file = tmp_path / "home" / ".amsc_key"
-    key_file.write_text(KEY)
-    key_file.chmod(0o644)
-    code, log, _ = submit("slurm.sh")
+    code, log, _ = submit("slurm.sh", mode=0o644)
     assert code
     assert log.count("error: ") == 1 and "is open to others than its owner" in log, log
     assert KEY not in log

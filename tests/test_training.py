@@ -169,6 +169,36 @@ def test_processes_of_slurm_meet_on_the_first_node(nodes, first):
     assert (host, port) == (first, 14711)
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1", "WORLD_SIZE": "1"},
+        {"RANK": "1", "WORLD_SIZE": ""},
+        {"RANK": "5", "WORLD_SIZE": "2"},
+    ],
+)
+def test_process_that_cannot_be(variables):
+    """It would train, log nothing, and end well; or wait."""
+    with pytest.raises(SystemExit, match="error: RANK is .*there is no such process.\nhint: "):
+        processes.find(variables)
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "99999"])
+def test_port_that_is_none(port):
+    with pytest.raises(SystemExit, match="error: MASTER_PORT is .*which is no port.\nhint: "):
+        processes.meeting_point({"MASTER_PORT": port})
+
+
+def test_slurm_knows_the_node_where_pmi_does_not():
+    """srun --mpi=pmi2; but within a Slurm job mpiexec starts a process a node by srun."""
+    by_slurm = {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+    variables = {"PMI_RANK": "4", "PMI_SIZE": "8", **by_slurm}
+    variables |= {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "8"}
+    assert processes.find(variables) == (4, 8, 0, 4)
+    variables |= {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    assert processes.find(variables)[:2] == (4, 8)
+
+
 def test_meeting_point_of_pbs_and_of_the_user(tmp_path):
     (tmp_path / "nodes").write_text("x3001c0s7b0n0.hsn\nx3001c0s7b1n0.hsn\n")
     variables = {"PBS_NODEFILE": str(tmp_path / "nodes"), "PBS_JOBID": "123[4].aurora-pbs-01"}
@@ -224,7 +254,9 @@ def test_two_processes_get_the_scores_of_one(tmp_path):
     )
     outputs = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], outputs
-    (place, *one), (place_0, *rank_0), (place_1, *rank_1) = [json.loads(o) for o, _ in outputs]
+    (place, *one), (place_0, *rank_0), (place_1, *rank_1) = [
+        json.loads(out.splitlines()[-1]) for out, _ in outputs
+    ]
     assert [place, place_0, place_1] == [[0, 1], [0, 2], [1, 2]]
     assert rank_0 == rank_1
     assert rank_0[0] == pytest.approx(one[0], rel=1e-5)  # losses and accuracies, first epoch
@@ -260,7 +292,7 @@ def test_torchrun_makes_one_run_with_the_losses_of_one_process(local, server, tm
     assert process.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
     assert [line.split()[0] for line in out.splitlines()[:-1]] == [
-        *("tracking", "run", "device", "epoch", "epoch")
+        *("meet", "tracking", "run", "device", "epoch", "epoch")
     ]
     client = mlflow.MlflowClient(server)
     (logged,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
@@ -292,19 +324,21 @@ def children(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dies", "status"), [(True, "FAILED"), (False, "KILLED")])
-def test_death_of_a_process_and_the_end_of_the_time_under_torchrun(dies, status, tmp_path):
-    """It sends SIGTERM to all in both cases; the run tells them apart, and nobody hangs."""
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_death_of_a_process_and_the_end_of_the_time_under_torchrun(end, tmp_path):
+    """It sends SIGTERM to all in each case; the run tells them apart, and nobody hangs."""
     with torchrun(tmp_path, "--epochs", "10000") as process:
         wait_for_line(process, "epoch 1/")
         workers = children(process)
-        if dies:
-            os.kill(workers["1"], signal.SIGKILL)
-        else:
+        if end == signal.SIGKILL:
+            os.kill(workers["1"], end)
+        elif end == signal.SIGTERM:
             process.terminate()
+        else:  # Ctrl-C: to all processes of the terminal
+            os.killpg(process.pid, end)
         process.communicate(timeout=60)
     assert process.returncode != 0
-    assert statuses(tmp_path) == [status]
+    assert statuses(tmp_path) == ["FAILED" if end == signal.SIGKILL else "KILLED"]
     assert not [pid for pid in workers.values() if os.path.exists(f"/proc/{pid}")]
 
 
