@@ -585,7 +585,7 @@ def test_commands_of_the_page():
         elif line.startswith("sudo apt-get install"):
             packages = set(line.split()[4:]) - {"python3-venv"}
             assert packages == {"nginx", "postgresql", "openssl"}
-            assert "--no-install-recommends nginx postgresql openssl\n" in ci
+            assert "--no-install-recommends nginx postgresql openssl shellcheck\n" in ci
         else:
             assert line in (
                 "python3 -m venv venv && . venv/bin/activate",

@@ -165,10 +165,15 @@ def test_colleague_in_the_group_loads_it(large, tmp_path):
     )
 
 
-# The script itself is run once as we are: the other user may not read this Python's modules.
+# The script is run once as we are, and the digits are kept: the other user may not be allowed to
+# read this Python's modules, nor what scikit-learn carries with it.
 COLLEAGUE = """
 import os, sys
+import sklearn.datasets
 import Modify_artifact_location_register_inference as script
+
+digits = sklearn.datasets.load_digits()
+sklearn.datasets.load_digits = lambda: digits
 
 folder, target, run_id = sys.argv[1:]
 os.chdir(folder)
