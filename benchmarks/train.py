@@ -211,9 +211,9 @@ class Watch:
     """Goes through `training.epochs` as the script does, and notes the time."""
 
     def __init__(self, training):
-        self.epochs, self.train = training.epochs, training._train_and_count
+        self.epochs, self.train = training.epochs, training.train_epoch
         self.seconds, self.cpu, self.elsewhere = [], [], []
-        training.epochs, training._train_and_count = self.watch, self.one_epoch
+        training.epochs, training.train_epoch = self.watch, self.one_epoch
 
     def one_epoch(self, *arguments):
         start = time.process_time()

@@ -100,7 +100,7 @@ def epochs(model, optimizer, train, validation, count, batch_size, seed, precisi
     if dist.is_initialized():
         learner = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     for number in range(1, count + 1):
-        loss, accuracy, seconds = _train_and_count(
+        loss, accuracy, seconds = train_epoch(
             learner, optimizer, *parts, batch_size, generator, precision
         )
         model.eval()
@@ -109,7 +109,7 @@ def epochs(model, optimizer, train, validation, count, batch_size, seed, precisi
 
 
 def train_epoch(model, optimizer, images, labels, batch_size, generator, precision="fp32"):
-    """Train `model` once on every picture, in random order, and return (mean loss, seconds).
+    """Train `model` once on every picture, in random order; return (mean loss, accuracy, seconds).
 
     `images` is uint8 of shape (N, 1, 28, 28) and `labels` int64 of shape (N,), both on the model's
     device; `generator` is a CPU generator, which makes the order the same on every device. The
@@ -117,13 +117,6 @@ def train_epoch(model, optimizer, images, labels, batch_size, generator, precisi
 
     Raises SystemExit if the loss is no longer a number: every later epoch would be wasted.
     """
-    arguments = (model, optimizer, images, labels, batch_size, generator, precision)
-    loss, _, seconds = _train_and_count(*arguments)
-    return loss, seconds
-
-
-def _train_and_count(model, optimizer, images, labels, batch_size, generator, precision):
-    """`train_epoch`, which also counts what was recognised: (mean loss, accuracy, seconds)."""
     model.train()
     rank, size = _place()
     bf16 = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -32,7 +32,7 @@ def test_loss_is_the_mean_over_pictures_not_over_batches():
     images, labels = test.images[:100], test.labels[:100]
     network = linear()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-    loss, _ = training.train_epoch(network, optimizer, images, labels, 64, torch.Generator())
+    loss, _, _ = training.train_epoch(network, optimizer, images, labels, 64, torch.Generator())
     assert loss == pytest.approx(training.evaluate(network, images, labels).loss, rel=1e-5)
 
 
