@@ -283,11 +283,6 @@ def save_model_once(network, images, step):
     from common import archive, cost, model, model_file, shared_storage
 
     example = model.input_example(images)
-    with torch.inference_mode():
-        signature = mlflow.models.infer_signature(
-            example, network(torch.from_numpy(example)).numpy()
-        )
-
     # [MLflow 14] initialize_logged_model: its id, and with it the folder, before a byte is written.
     logged = mlflow.initialize_logged_model(name="model")
     path = shared_storage.path_of(logged.artifact_location)
@@ -302,12 +297,14 @@ def save_model_once(network, images, step):
             # [MLflow 15] save_model: what log_model does, without the upload; here, also without
             # the weights, which are written meanwhile, at the speed of the disk.
             with archive.weights_written(folder, network.state_dict()) as weights:
+                with torch.inference_mode():
+                    answer = network(torch.from_numpy(example)).numpy()
                 mlflow.pytorch.save_model(
                     archive.without_weights(network),
                     path=folder,
                     mlflow_model=description,
                     input_example=example,
-                    signature=signature,
+                    signature=mlflow.models.infer_signature(example, answer),
                     pip_requirements=model.pip_requirements(),
                 )
             description.model_size_bytes = shared_storage.size_of(folder)

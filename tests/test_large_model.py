@@ -341,7 +341,7 @@ def test_the_benchmark_runs_and_counts_no_byte(tmp_path):
         line.split(" | ") for line in finished.out.splitlines() if line.startswith("| 0.002 GB")
     ]
     ways = {row[1]: row for row in rows}
-    assert len(rows) == len(ways) == 9
+    assert len(rows) == len(ways) >= 9  # and dd past the page cache, where one may
     assert ways["log_model, to a shared folder"][6] == "2.1 MB"
     assert ways["this project"][6] == "0 B"
     assert ways["load_model, through the server"][4:6] == ["2.1 MB", "2.1 MB"]

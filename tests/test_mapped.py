@@ -280,6 +280,24 @@ def test_damaged_archives_are_refused_or_loaded(pt2, network, tmp_path):
     assert refused > 20
 
 
+@pytest.mark.parametrize("way", ["direct", "no such thing", "refused at the first chunk"])
+def test_file_of_several_chunks(way, tmp_path, monkeypatch):
+    """Past the page cache, without that (macOS), and where it is allowed and then refused."""
+    if way == "no such thing":
+        monkeypatch.setattr(archive, "DIRECT", 0)
+    network = torch.nn.Linear(3000, 3000).eval()
+    pieces = [b"head", memoryview(network.weight.detach().reshape(-1).view(torch.uint8).numpy())]
+    with archive._HashedFile(tmp_path / "file") as file:
+        if way.startswith("refused"):
+            file.chunk = memoryview(bytearray(archive.CHUNK + 1))[1:]  # from an odd address
+        for piece in pieces * 2:
+            file.write(piece)
+    content = b"".join(bytes(piece) for piece in pieces * 2)
+    assert len(content) > 4 * archive.CHUNK
+    assert (tmp_path / "file").read_bytes() == content
+    assert file.sha256.hexdigest() == hashlib.sha256(content).hexdigest()
+
+
 def test_full_disk_is_an_error_and_leaves_nothing(network, tmp_path):
     """/dev/full takes no byte; PyTorch's own writer would abort the process here."""
     from common import shared_storage
