@@ -156,7 +156,7 @@ def _pt2(file, mapped):
         _require(root + CONFIG in infos, f"it has no {CONFIG}, as archives of PyTorch before 2.10")
 
         def small(name):
-            _record(mapped, infos[root + name])
+            _record(file, len(mapped), infos[root + name])
             _require(infos[root + name].file_size < 2**28, f"{name} is too large")
             return archive.read(root + name)
 
@@ -171,7 +171,7 @@ def _pt2(file, mapped):
             _require(entry["use_pickle"] is False, f"{name} is a pickle, which could run code")
             _require(meta["layout"] == STRIDED, f"{name} is not dense")
             _require(meta["dtype"] in PT2_TYPES, f"{name} is of an unknown type")
-            start, size = _record(mapped, infos[root + WEIGHTS + record])
+            start, size = _record(file, len(mapped), infos[root + WEIGHTS + record])
             state_dict[name] = _tensor(
                 *(mapped, name, PT2_TYPES[meta["dtype"]], start, size),
                 [number["as_int"] for number in meta["sizes"]],
@@ -189,18 +189,23 @@ def _refuse_code(content):
         raise ValueError("its example inputs are a pickle that could run code") from error
 
 
-def _record(mapped, info):
-    """Return (start, size) of an uncompressed record of a zip: its content follows its header."""
+def _record(file, length, info):
+    """Return (start, size) of an uncompressed record of a zip: its content follows its header.
+
+    The header is read and not looked up in the mapped file: the kernel would map up to 2 MB around
+    it, for each weight.
+    """
     _require(
         info.compress_type == zipfile.ZIP_STORED
         and info.compress_size == info.file_size
         and not info.flag_bits & 1,
         f"{info.filename} is compressed or encrypted",
     )
-    signature, name_size, extra_size = struct.unpack_from("<4s22xHH", mapped, info.header_offset)
+    file.seek(info.header_offset)
+    signature, name_size, extra_size = struct.unpack("<4s22xHH", file.read(30))
     start = info.header_offset + 30 + name_size + extra_size
     _require(
-        signature == b"PK\x03\x04" and start + info.file_size <= len(mapped),
+        signature == b"PK\x03\x04" and start + info.file_size <= length,
         f"{info.filename} lies outside of the file",
     )
     return start, info.file_size

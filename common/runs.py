@@ -12,6 +12,8 @@ import threading
 import mlflow
 from mlflow.exceptions import MlflowException
 
+DEAF = 6  # seconds to react to a signal; some batch systems send SIGKILL after ten
+
 
 def existing_run(run_id):
     """Return the run `run_id`. Raises SystemExit if there is none."""
@@ -115,9 +117,11 @@ def always_ended(another_ended=lambda: False):
     `start_run` by itself would wait minutes for a server that is away, and then raise another.
     FAILED, too, if the signal came because `another_ended()` of several processes.
     """
-    received = []
+    run_id = mlflow.active_run().info.run_id
+    received, heard, ending = [], threading.Event(), threading.Lock()
 
     def stop(number, frame):
+        heard.set()
         received.append(signal.Signals(number))
         for signal_number in previous:  # a second one ends the process at once
             signal.signal(signal_number, signal.SIG_DFL)
@@ -134,15 +138,17 @@ def always_ended(another_ended=lambda: False):
     hook, sys.unraisablehook = sys.unraisablehook, dropped
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        with _ended_if_deaf(run_id, previous, heard, ending, another_ended):
+            yield
     except BaseException as error:
+        ending.acquire()  # for good: by this thread, or by the one that ends a run that hangs
         # The exit codes come up from a run within this one (nested) that received the signal.
         stopped = isinstance(error, SystemExit) and error.code in (130, 143)
         status = "KILLED" if (received or stopped) and not another_ended() else "FAILED"
         if not received:  # torchrun may send SIGTERM right now: the run is ended first
             for number in previous:
                 signal.signal(number, lambda number, frame: None)
-        outcome = _end(status)
+        outcome = _end(status, run_id)
         if received:
             print(f"error: stopped by {received[0].name}; {outcome}.", file=sys.stderr, flush=True)
         elif status not in outcome:
@@ -153,6 +159,42 @@ def always_ended(another_ended=lambda: False):
         if not received:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _ended_if_deaf(run_id, signals, heard, ending, another_ended):
+    """End the run, and the process, on one of `signals` that has not been `heard` in time.
+
+    Python runs a handler when its main thread is back from C code. One that waits there for a
+    process that hangs, for a GPU or for a disk does not come back; but Python writes the number
+    of each signal into a pipe at once, and a thread can read it.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def listen():
+        with open(reader, "rb", buffering=0) as pipe:
+            while number := int.from_bytes(pipe.read(1), "big"):
+                if number in signals and not heard.wait(DEAF):
+                    break
+            else:
+                return
+        ending.acquire()
+        outcome = _end("FAILED" if another_ended() else "KILLED", run_id)
+        name = signal.Signals(number).name
+        print(f"error: stopped by {name} while it hung; {outcome}.", file=sys.stderr, flush=True)
+        if outer >= 0:
+            os.write(outer, bytes([number]))  # the run that this one is nested in
+        else:
+            os._exit(128 + number)
+
+    outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(outer)
+        os.close(writer)
 
 
 def end_half_open_child(experiment_id, parent_run_id, run_name):
@@ -172,13 +214,15 @@ def end_half_open_child(experiment_id, parent_run_id, run_name):
             mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
 
 
-def _end(status):
+def _end(status, run_id):
     """Tell the server, in the seconds that a batch system leaves before it sends SIGKILL."""
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
-    run_id = mlflow.active_run().info.run_id
     try:
-        mlflow.end_run(status)
+        if mlflow.active_run():
+            mlflow.end_run(status)
+        else:  # from another thread, where MLflow knows of no run
+            mlflow.MlflowClient().set_terminated(run_id, status)
     except MlflowException:
         return f"the server does not answer, and the run {run_id} may stay RUNNING there"
     with contextlib.suppress(MlflowException):  # its models, if one was being written

@@ -39,9 +39,10 @@ def test_signal_ends_the_run_as_killed(number, code, tmp_path):
     assert logged.data.metrics["val_accuracy"] > 0
 
 
-def test_signal_while_python_cleans_up_is_not_lost(monkeypatch):
+def test_signal_while_python_cleans_up_is_not_lost(tmp_path):
     """What a destructor raises, Python drops: SQLAlchemy has many that take a while."""
-    monkeypatch.setattr(runs, "_end", lambda status: f"the run is marked {status}")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(client.tracking_uri)
 
     class Object:
         def __del__(self):
@@ -49,14 +50,48 @@ def test_signal_while_python_cleans_up_is_not_lost(monkeypatch):
 
     handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     try:
-        with pytest.raises(SystemExit) as ending, runs.always_ended():
+        with pytest.raises(SystemExit) as ending, mlflow.start_run() as run, runs.always_ended():
             Object()
             time.sleep(10)
             raise AssertionError("the signal is lost")
     finally:
+        mlflow.set_tracking_uri(None)
         signal.signal(signal.SIGTERM, handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert ending.value.code == 143 and sys.unraisablehook is hook
+    assert client.get_run(run.info.run_id).info.status == "KILLED"
+
+
+HANGS = """
+import ctypes, mlflow
+from common import runs
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+with mlflow.start_run(), runs.always_ended(), mlflow.start_run(nested=True), runs.always_ended():
+    print("hanging", flush=True)
+    mutex = ctypes.create_string_buffer(64)  # as a C program would define it
+    for _ in range(2):  # the second time it waits for itself, whatever signals come
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.slow
+def test_signal_while_the_main_thread_hangs_in_c_code(tmp_path):
+    """For a GPU or a dead filesystem, say: Python's handler does not run then."""
+    command = [sys.executable, "-c", HANGS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = clean_environment(PYTHONPATH=str(ROOT))
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        try:
+            wait_for_line(process, "hanging")
+            time.sleep(1)
+            process.terminate()
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 143
+    assert err.count("stopped by SIGTERM while it hung; the run is marked KILLED.") == 2
+    found = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
+    assert [run.info.status for run in found] == ["KILLED"] * 2
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import mlflow
 import pytest
@@ -362,6 +363,30 @@ def test_death_of_a_process_that_srun_started(tmp_path):
     assert "error: another of the 2 processes has ended or hangs: " in err
     assert "Traceback" not in err
     assert statuses(tmp_path) == ["FAILED"]
+
+
+@pytest.mark.slow
+def test_end_of_the_time_while_another_process_hangs(tmp_path):
+    """Process 0 waits for it in C++ code, and gets to no signal handler."""
+    variables = [
+        {"PMI_RANK": rank, "PMI_SIZE": "2", "MASTER_PORT": port}
+        for port in [str(free_port())]
+        for rank in "01"
+    ]
+    command = [sys.executable, str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
+    first, second = launch(variables, [*command, "--epochs", "10000"], tmp_path)
+    try:
+        wait_for_line(first, "epoch 1/")
+        second.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        first.terminate()
+        _, err = first.communicate(timeout=30)
+    finally:
+        for process in (first, second):
+            process.kill()
+    assert first.returncode == 143
+    assert "error: stopped by SIGTERM while it hung; the run is marked KILLED." in err
+    assert statuses(tmp_path) == ["KILLED"]
 
 
 @pytest.mark.slow
