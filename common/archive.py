@@ -29,6 +29,7 @@ CONFIG = WEIGHTS + "model_weights_config.json"
 ALIGNMENT = 64  # bytes; PyTorch's own
 CHUNK = 16 * 2**20
 DIRECT = getattr(os, "O_DIRECT", 0)  # macOS and Windows have none
+REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # what a filesystem without it says
 
 
 def without_weights(network):
@@ -168,7 +169,7 @@ class _HashedFile:
                 try:
                     done += os.pwrite(self.descriptor, view[done:size], position + done)
                 except OSError as error:
-                    if error.errno != errno.EINVAL or not _leave_direct(self.descriptor):
+                    if error.errno not in REFUSED or not _leave_direct(self.descriptor):
                         raise
 
     def __enter__(self):
@@ -176,13 +177,13 @@ class _HashedFile:
 
     def __exit__(self, kind, *rest):
         try:
-            self.hasher.shutdown(cancel_futures=kind is not None)
             if kind is None:
                 self._wait()
                 _leave_direct(self.descriptor)  # the last piece is no whole number of blocks
                 self._put(self.chunk, self.filled, self.written)
                 os.fsync(self.descriptor)
         finally:
+            self.hasher.shutdown(cancel_futures=kind is not None)
             self.writer.shutdown()
             os.close(self.descriptor)
 
@@ -193,7 +194,7 @@ def _create(path):
     try:
         return os.open(path, flags | DIRECT, 0o666)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in REFUSED:
             raise
         return os.open(path, flags, 0o666)
 

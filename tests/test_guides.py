@@ -1,5 +1,6 @@
 """Guides 2 to 5: each command runs as a process, and what it promises stands in the store."""
 
+import contextlib
 import errno
 import importlib
 import itertools
@@ -26,6 +27,7 @@ from conftest import (
     mlflow_server,
     run,
     serving,
+    wait_for_line,
 )
 from gateway import Gateway
 
@@ -541,6 +543,41 @@ def test_an_interrupted_study_goes_on_and_prunes(prefork, tmp_path):
     assert len(set(rates)) == len(rates) >= 6
     bad = here.type(f"{TUNE} --dataset digits --storage /no/such/folder/study.log", code=1)
     assert "the study cannot be kept in" in bad.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_ends_a_study_of_several_processes(number, everyone, tmp_path):
+    """`scancel --full` and Ctrl-C reach each process, a plain `kill` only the first."""
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    flags = ("--dataset", "digits", "--epochs", "10000", "--trials", "4", "--jobs", "2")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / TUNE.split()[1], *flags],
+        cwd=tmp_path,
+        env=clean_environment(TMPDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for_line(process, "run ")
+        deadline = time.monotonic() + 120
+        while sum("val_loss" in run.data.metrics for run in client.search_runs(["1"])) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
+        (os.killpg if everyone else os.kill)(process.pid, number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert err.count(f"stopped by {number.name}; the run is marked KILLED") >= 2
+        assert "Traceback" not in err
+        assert [run.info.status for run in client.search_runs(["1"])] == ["KILLED"] * 3
+        with pytest.raises(ProcessLookupError):  # nobody is left
+            os.killpg(process.pid, 0)
+        assert not list(tmp_path.glob("tmp*"))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 CONFIGS = {
