@@ -43,6 +43,13 @@ def main():
         "--epochs", type=int, default=2, help="epochs of each case (default: %(default)s)"
     )
     parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="as the training script's; with bf16 the losses agree in fewer digits "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--dataset",
         choices=("mnist", "digits"),
         default="mnist",
@@ -81,6 +88,7 @@ def train(args, count, threads):
         *("--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"),  # any free port
         *(str(ROOT / "train_mnist_mlflow.py"), "--epochs", str(args.epochs)),
         *("--batch_size", str(args.batch_size), "--dataset", args.dataset),
+        *("--precision", args.precision),
         *("--data_dir", os.path.abspath(args.data_dir)),
         *("--tracking_uri", "sqlite:///mlflow.db"),
     ]

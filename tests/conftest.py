@@ -204,6 +204,7 @@ def local(tmp_path_factory):
         "train_mnist_mlflow.py",
         *("--dataset", "digits", "--register", "--epochs", 8, "--phase", "production"),
         *("--owner", "8cf", "--note", "Baseline CNN model"),
+        *("--precision", "fp32"),  # the same losses on every CPU, with AMX or without
         cwd=folder,
     )
     return Local(folder, trained)

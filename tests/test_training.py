@@ -288,6 +288,7 @@ def torchrun(cwd, *arguments, **variables):
 def test_torchrun_makes_one_run_with_the_losses_of_one_process(local, server, tmp_path):
     experiment = "on_two_processes"
     arguments = ("--epochs", "2", "--experiment", experiment, "--tracking_uri", server)
+    arguments += ("--precision", "fp32")  # as `local`: bfloat16 would agree in three digits
     with torchrun(tmp_path, *arguments) as process:
         out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -444,6 +445,7 @@ def test_benchmark_of_training_compares_equals(mnist_dir, tmp_path):
 @pytest.mark.slow
 def test_benchmark_of_scaling_trains_the_same_on_two_processes(local, tmp_path):
     flags = ("--processes", 2, "--dataset", "digits", "--epochs", 1, "--threads", 1)
+    flags += ("--precision", "fp32")
     finished = run("benchmarks/scaling.py", *flags, cwd=tmp_path)
     rows = [line.strip("| ").split(" | ") for line in finished.out.splitlines() if "|" in line]
     assert [row[0] for row in rows] == ["processes", "---", "2"]
