@@ -28,7 +28,7 @@ WEIGHTS = "data/weights/"
 CONFIG = WEIGHTS + "model_weights_config.json"
 ALIGNMENT = 64  # bytes; PyTorch's own
 CHUNK = 16 * 2**20
-DIRECT = getattr(os, "O_DIRECT", 0)  # macOS and Windows have none
+DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # what a filesystem without it says
 
 
@@ -56,7 +56,7 @@ def weights_written(folder, state_dict):
     whole, saved = folder.with_name(folder.name + ".weights"), folder / MODEL_FILE
     stop = threading.Event()
     with (
-        _HashedFile(whole) as file,
+        _HashedFile(whole, stop) as file,
         zipfile.ZipFile(file, "w") as archive,
         concurrent.futures.ThreadPoolExecutor(1) as writer,
     ):
@@ -65,7 +65,7 @@ def weights_written(folder, state_dict):
             yield file
             _add_rest(archive, saved, records.result())
         except BaseException:  # a signal, too: it does not wait for gigabytes
-            stop.set()
+            stop.set()  # and what the zip file would add to a full disk is left out
             raise
     os.replace(whole, saved)
 
@@ -122,13 +122,15 @@ class _HashedFile:
     """A new file that is only appended to: hashed as it grows, and on the disk when it is closed.
 
     It goes past the page cache (`O_DIRECT`) where the filesystem lets it: through the cache the
-    same disk took 0.3 GB/s instead of 1.3, and what others have cached made room for it. One chunk
-    is filled while the other is being written; hashlib, zlib and the operating system work outside
-    Python's lock, so that threads help.
+    same disk took 0.3 GB/s instead of 1.3 where this was measured, and what others have cached had
+    to make room. One chunk is filled while the other is being written; hashlib, zlib and the
+    operating system work outside Python's lock, so that threads help. Nothing is written any more
+    once `stop` is set.
     """
 
-    def __init__(self, path):
-        self.descriptor = _create(path)
+    def __init__(self, path, stop):
+        self.descriptor, self.direct = _create(path)
+        self.stop = stop
         self.sha256 = hashlib.sha256()
         self.hasher = concurrent.futures.ThreadPoolExecutor(1)
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
@@ -144,6 +146,8 @@ class _HashedFile:
         pass
 
     def write(self, data):
+        if self.stop.is_set():
+            return len(data)
         self.hasher.submit(self.sha256.update, data)
         rest = memoryview(data)
         while len(rest):
@@ -169,8 +173,20 @@ class _HashedFile:
                 try:
                     done += os.pwrite(self.descriptor, view[done:size], position + done)
                 except OSError as error:
-                    if error.errno not in REFUSED or not _leave_direct(self.descriptor):
+                    if error.errno not in REFUSED or not self.direct:
                         raise
+                    self._leave_direct()
+        if not self.direct:  # else the disk would stay idle until some gigabytes wait for it
+            os.fsync(self.descriptor)
+
+    def _leave_direct(self):
+        """Write through the page cache from now on."""
+        if self.direct:
+            import fcntl  # Windows has none
+
+            flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~DIRECT)
+            self.direct = False
 
     def __enter__(self):
         return self
@@ -179,9 +195,8 @@ class _HashedFile:
         try:
             if kind is None:
                 self._wait()
-                _leave_direct(self.descriptor)  # the last piece is no whole number of blocks
+                self._leave_direct()  # the last piece is no whole number of blocks
                 self._put(self.chunk, self.filled, self.written)
-                os.fsync(self.descriptor)
         finally:
             self.hasher.shutdown(cancel_futures=kind is not None)
             self.writer.shutdown()
@@ -189,22 +204,11 @@ class _HashedFile:
 
 
 def _create(path):
-    """Open a new file for direct writing; for the usual way where there is no such thing."""
+    """Create a file; return its descriptor, and whether it is for direct writing."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
-        return os.open(path, flags | DIRECT, 0o666)
+        return os.open(path, flags | DIRECT, 0o666), bool(DIRECT)
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        return os.open(path, flags, 0o666)
-
-
-def _leave_direct(descriptor):
-    """Write through the page cache from now on; return False if that was so before."""
-    if not DIRECT:
-        return False
-    import fcntl
-
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~DIRECT)
-    return bool(flags & DIRECT)
+        return os.open(path, flags, 0o666), False

@@ -201,6 +201,7 @@ def _record(file, length, info):
         and not info.flag_bits & 1,
         f"{info.filename} is compressed or encrypted",
     )
+    _require(0 <= info.header_offset <= length - 30, f"{info.filename} lies outside of the file")
     file.seek(info.header_offset)
     signature, name_size, extra_size = struct.unpack("<4s22xHH", file.read(30))
     start = info.header_offset + 30 + name_size + extra_size

@@ -8,11 +8,28 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
 DEAF = 6  # seconds to react to a signal; some batch systems send SIGKILL after ten
+
+
+class _Open(NamedTuple):
+    """A run within `always_ended`."""
+
+    run_id: str
+    stop: Callable  # its signal handler
+    ending: threading.Lock  # held by the thread that ends it
+    another_ended: Callable
+
+
+_open = []  # the innermost run is the last
+if hasattr(os, "register_at_fork"):  # a signal to a forked process is none to this one
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def existing_run(run_id):
@@ -118,10 +135,9 @@ def always_ended(another_ended=lambda: False):
     FAILED, too, if the signal came because `another_ended()` of several processes.
     """
     run_id = mlflow.active_run().info.run_id
-    received, heard, ending = [], threading.Event(), threading.Lock()
+    received, ending = [], threading.Lock()
 
     def stop(number, frame):
-        heard.set()
         received.append(signal.Signals(number))
         for signal_number in previous:  # a second one ends the process at once
             signal.signal(signal_number, signal.SIG_DFL)
@@ -135,10 +151,10 @@ def always_ended(another_ended=lambda: False):
         signal.signal(received[0], stop)
         threading.Timer(0.1, os.kill, (os.getpid(), received[0])).start()
 
-    hook, sys.unraisablehook = sys.unraisablehook, dropped
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
-        with _ended_if_deaf(run_id, previous, heard, ending, another_ended):
+        with _watched(_Open(run_id, stop, ending, another_ended)):
             yield
     except BaseException as error:
         ending.acquire()  # for good: by this thread, or by the one that ends a run that hangs
@@ -162,39 +178,57 @@ def always_ended(another_ended=lambda: False):
 
 
 @contextlib.contextmanager
-def _ended_if_deaf(run_id, signals, heard, ending, another_ended):
-    """End the run, and the process, on one of `signals` that has not been `heard` in time.
+def _watched(run):
+    """End the runs that are open, and the process, if a signal does not get to its handler in time.
 
     Python runs a handler when its main thread is back from C code. One that waits there for a
     process that hangs, for a GPU or for a disk does not come back; but Python writes the number
     of each signal into a pipe at once, and a thread can read it.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def listen():
-        with open(reader, "rb", buffering=0) as pipe:
-            while number := int.from_bytes(pipe.read(1), "big"):
-                if number in signals and not heard.wait(DEAF):
-                    break
-            else:
-                return
-        ending.acquire()
-        outcome = _end("FAILED" if another_ended() else "KILLED", run_id)
-        name = signal.Signals(number).name
-        print(f"error: stopped by {name} while it hung; {outcome}.", file=sys.stderr, flush=True)
-        if outer >= 0:
-            os.write(outer, bytes([number]))  # the run that this one is nested in
-        else:
-            os._exit(128 + number)
-
-    outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=listen, daemon=True).start()
+    _open.append(run)
     try:
-        yield
+        if len(_open) > 1 or os.name == "nt":  # the outermost watches for all
+            yield
+            return
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        other = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=_listen, args=(reader,), daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(other)
+            with contextlib.suppress(OSError):  # it is full, or nobody listens any more
+                os.write(writer, b"\0")  # a forked process may hold the pipe open
+            os.close(writer)
     finally:
-        signal.set_wakeup_fd(outer)
-        os.close(writer)
+        _open.remove(run)
+
+
+def _listen(reader):
+    """Read the numbers of signals, up to a 0. Does not return if one of them is not handled."""
+    with open(reader, "rb", buffering=0) as pipe:
+        while number := int.from_bytes(pipe.read(1), "big"):
+            handler = signal.getsignal(number)
+            if any(handler is run.stop for run in _open):  # not one that the program has set
+                time.sleep(DEAF)
+                if signal.getsignal(number) is handler:  # it sets another one, first thing
+                    break
+        else:
+            return
+    try:
+        name = signal.Signals(number).name
+        for run in reversed(_open):
+            run.ending.acquire()
+            outcome = _end("FAILED" if run.another_ended() else "KILLED", run.run_id)
+            text = f"error: stopped by {name} while it hung; {outcome}."
+            print(text, file=sys.stderr, flush=True)
+        # It may hang, too, if the main thread does in writing.
+        flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+        flush.start()
+        flush.join(1)
+    finally:
+        os._exit(128 + number)
 
 
 def end_half_open_child(experiment_id, parent_run_id, run_name):

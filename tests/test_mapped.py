@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import struct
+import threading
 import zipfile
 
 import pytest
@@ -287,7 +288,7 @@ def test_file_of_several_chunks(way, tmp_path, monkeypatch):
         monkeypatch.setattr(archive, "DIRECT", 0)
     network = torch.nn.Linear(3000, 3000).eval()
     pieces = [b"head", memoryview(network.weight.detach().reshape(-1).view(torch.uint8).numpy())]
-    with archive._HashedFile(tmp_path / "file") as file:
+    with archive._HashedFile(tmp_path / "file", threading.Event()) as file:
         if way.startswith("refused"):
             file.chunk = memoryview(bytearray(archive.CHUNK + 1))[1:]  # from an odd address
         for piece in pieces * 2:
@@ -296,6 +297,16 @@ def test_file_of_several_chunks(way, tmp_path, monkeypatch):
     assert len(content) > 4 * archive.CHUNK
     assert (tmp_path / "file").read_bytes() == content
     assert file.sha256.hexdigest() == hashlib.sha256(content).hexdigest()
+
+
+def test_full_disk_does_not_hide_what_went_wrong_before(tmp_path):
+    network = torch.nn.Linear(4000, 4000)
+    (tmp_path / "folder.weights").symlink_to("/dev/full")
+    with (
+        pytest.raises(ValueError, match="before"),
+        archive.weights_written(tmp_path / "folder", network.state_dict()),
+    ):
+        raise ValueError("before")
 
 
 def test_full_disk_is_an_error_and_leaves_nothing(network, tmp_path):

@@ -68,6 +68,7 @@ from common import runs
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 with mlflow.start_run(), runs.always_ended(), mlflow.start_run(nested=True), runs.always_ended():
     print("hanging", flush=True)
+    print("and this is in a buffer")
     mutex = ctypes.create_string_buffer(64)  # as a C program would define it
     for _ in range(2):  # the second time it waits for itself, whatever signals come
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -84,14 +85,44 @@ def test_signal_while_the_main_thread_hangs_in_c_code(tmp_path):
         try:
             wait_for_line(process, "hanging")
             time.sleep(1)
+            start = time.monotonic()
             process.terminate()
-            _, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == 143
+    assert process.returncode == 143 and out == "and this is in a buffer\n"
+    assert time.monotonic() - start < 2 * runs.DEAF  # once for both runs
     assert err.count("stopped by SIGTERM while it hung; the run is marked KILLED.") == 2
     found = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
     assert [run.info.status for run in found] == ["KILLED"] * 2
+
+
+HANDLES = """
+import multiprocessing, os, signal, time, mlflow
+from common import runs
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+with mlflow.start_run(), runs.always_ended():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join()
+    signal.signal(signal.SIGTERM, lambda *_: print("checkpoint", flush=True))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(runs.DEAF + 2)
+"""
+
+
+@pytest.mark.slow
+def test_signal_for_a_forked_process_or_with_a_handler_of_its_own_ends_no_run(tmp_path):
+    command = [sys.executable, "-c", HANDLES]
+    environment = clean_environment(PYTHONPATH=str(ROOT))
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "checkpoint\n" and "stopped by" not in finished.stderr
+    (logged,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
+    assert logged.info.status == "FINISHED"
 
 
 @pytest.mark.slow
