@@ -80,7 +80,7 @@ def test_signal_while_the_main_thread_hangs_in_c_code(tmp_path):
     """For a GPU or a dead filesystem, say: Python's handler does not run then."""
     command = [sys.executable, "-c", HANGS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = clean_environment(PYTHONPATH=str(ROOT))
+    environment = clean_environment(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="")
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
         try:
             wait_for_line(process, "hanging")
