@@ -162,11 +162,11 @@ def bare_disk_direct(folder, size, name):
 
 
 def takes_direct_writing(folder):
-    try:
-        os.close(os.open(folder / "bare_disk_0", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
-    except OSError:
-        return False
-    return True
+    from common import archive
+
+    descriptor, direct = archive.create(folder / "bare_disk_probe")
+    os.close(descriptor)
+    return direct
 
 
 def dd(folder, size, name, *options):

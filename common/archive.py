@@ -50,8 +50,8 @@ def weights_written(folder, state_dict):
 
     The block saves `without_weights(network)`; tracing it takes about a second, in which a thread
     writes the weights beside `folder`. Each byte goes to the disk once, and the SHA-256 is computed
-    meanwhile, on another core. Yields an object whose
-    `sha256.hexdigest()` is the file's when the block has ended. Raises OSError if the disk is full.
+    meanwhile, on another core. Yields an object whose `sha256.hexdigest()` is the file's when the
+    block has ended. Raises OSError if the disk is full.
     """
     whole, saved = folder.with_name(folder.name + ".weights"), folder / MODEL_FILE
     stop = threading.Event()
@@ -129,7 +129,7 @@ class _HashedFile:
     """
 
     def __init__(self, path, stop):
-        self.descriptor, self.direct = _create(path)
+        self.descriptor, self.direct = create(path)
         self.stop = stop
         self.sha256 = hashlib.sha256()
         self.hasher = concurrent.futures.ThreadPoolExecutor(1)
@@ -203,8 +203,8 @@ class _HashedFile:
             os.close(self.descriptor)
 
 
-def _create(path):
-    """Create a file; return its descriptor, and whether it is for direct writing."""
+def create(path):
+    """Create a file; return its descriptor, and whether the filesystem takes direct writing."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | DIRECT, 0o666), bool(DIRECT)

@@ -212,7 +212,7 @@ def _listen(reader):
             handler = signal.getsignal(number)
             if any(handler is run.stop for run in _open):  # not one that the program has set
                 time.sleep(DEAF)
-                if signal.getsignal(number) is handler:  # it sets another one, first thing
+                if signal.getsignal(number) is handler:  # `stop` sets another, first thing
                     break
         else:
             return

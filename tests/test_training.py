@@ -344,22 +344,29 @@ def test_death_of_a_process_and_the_end_of_the_time_under_torchrun(end, tmp_path
     assert not [pid for pid in workers.values() if os.path.exists(f"/proc/{pid}")]
 
 
+@contextlib.contextmanager
+def two_endless_trainings(variables, cwd):
+    """Process 0 and 1 of one training, once the first epoch is over; killed on leaving."""
+    command = [sys.executable, str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
+    started = launch(variables, [*command, "--epochs", "10000"], cwd)
+    try:
+        wait_for_line(started[0], "epoch 1/")
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+
+
 @pytest.mark.slow
 def test_death_of_a_process_that_srun_started(tmp_path):
     """Nobody sends a signal here: process 0 notices by itself, and says so."""
     common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
     common |= {"MASTER_PORT": str(free_port())}
     variables = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank, **common} for rank in "01"]
-    command = [sys.executable, str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
-    first, second = launch(variables, [*command, "--epochs", "10000"], tmp_path)
-    try:
-        wait_for_line(first, "epoch 1/")
+    with two_endless_trainings(variables, tmp_path) as (first, second):
         second.kill()
         assert second.communicate(timeout=60)[0] == ""
         _, err = first.communicate(timeout=60)
-    finally:
-        for process in (first, second):
-            process.kill()
     assert first.returncode == 1
     assert "error: another of the 2 processes has ended or hangs: " in err
     assert "Traceback" not in err
@@ -369,22 +376,13 @@ def test_death_of_a_process_that_srun_started(tmp_path):
 @pytest.mark.slow
 def test_end_of_the_time_while_another_process_hangs(tmp_path):
     """Process 0 waits for it in C++ code, and gets to no signal handler."""
-    variables = [
-        {"PMI_RANK": rank, "PMI_SIZE": "2", "MASTER_PORT": port}
-        for port in [str(free_port())]
-        for rank in "01"
-    ]
-    command = [sys.executable, str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
-    first, second = launch(variables, [*command, "--epochs", "10000"], tmp_path)
-    try:
-        wait_for_line(first, "epoch 1/")
+    port = str(free_port())
+    variables = [{"PMI_RANK": r, "PMI_SIZE": "2", "MASTER_PORT": port} for r in "01"]
+    with two_endless_trainings(variables, tmp_path) as (first, second):
         second.send_signal(signal.SIGSTOP)
         time.sleep(2)
         first.terminate()
         _, err = first.communicate(timeout=30)
-    finally:
-        for process in (first, second):
-            process.kill()
     assert first.returncode == 143
     assert "error: stopped by SIGTERM while it hung; the run is marked KILLED." in err
     assert statuses(tmp_path) == ["KILLED"]
