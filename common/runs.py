@@ -28,8 +28,7 @@ class _Open(NamedTuple):
 
 
 _open = []  # the innermost run is the last
-if hasattr(os, "register_at_fork"):  # a signal to a forked process is none to this one
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+_forking = threading.local()
 
 
 def existing_run(run_id):
@@ -203,6 +202,29 @@ def _watched(run):
             os.close(writer)
     finally:
         _open.remove(run)
+
+
+def _before_fork():
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+
+
+def _after_fork():
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child():
+    signal.set_wakeup_fd(-1)
+    _after_fork()
+
+
+# A forked process holds the pipe, too: a signal to it must not look like one to this process,
+# not even while it is being forked.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 def _listen(reader):

@@ -99,16 +99,19 @@ def test_signal_while_the_main_thread_hangs_in_c_code(tmp_path):
 
 HANDLES = """
 import multiprocessing, os, signal, time, mlflow
+os.register_at_fork(after_in_child=lambda: time.sleep(1))  # the signal comes before the next one
 from common import runs
+runs.DEAF = 2
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 with mlflow.start_run(), runs.always_ended():
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     child.start()
     child.terminate()
     child.join()
+    time.sleep(3)
     signal.signal(signal.SIGTERM, lambda *_: print("checkpoint", flush=True))
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(runs.DEAF + 2)
+    time.sleep(3)
 """
 
 
