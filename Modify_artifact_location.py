@@ -102,6 +102,7 @@ def main(argv=None):
         archive,
         credentials,
         data,
+        ending,
         failures,
         mapped,
         model,
@@ -159,7 +160,7 @@ def main(argv=None):
             description=args.note or None,
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        runs.always_ended(processes.another_ended),
+        ending.always_ended(processes.another_ended),
     ):
         run_id = run.info.run_id
         print(

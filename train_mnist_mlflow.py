@@ -97,6 +97,7 @@ def main(argv=None):
     from common import (
         credentials,
         data,
+        ending,
         failures,
         model,
         plots,
@@ -144,7 +145,7 @@ def main(argv=None):
             description=args.note or None,
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        runs.always_ended(processes.another_ended),
+        ending.always_ended(processes.another_ended),
     ):
         run_id = run.info.run_id
         print(

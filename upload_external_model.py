@@ -65,6 +65,7 @@ def main(argv=None):
         cost,
         credentials,
         data,
+        ending,
         failures,
         mapped,
         model,
@@ -107,7 +108,7 @@ def main(argv=None):
             run_name=f"MNIST_external_{owner}",
             description=args.note or None,
         ) as run,
-        runs.always_ended(),
+        ending.always_ended(),
     ):
         run_id = run.info.run_id
         print(

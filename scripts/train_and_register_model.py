@@ -85,6 +85,7 @@ def main(argv=None):
     from common import (
         credentials,
         data,
+        ending,
         failures,
         model,
         predictions,
@@ -113,7 +114,7 @@ def main(argv=None):
     # 2. Train and track. start_run: the run's page; leaving the `with` block ends it.
     with (
         mlflow.start_run(experiment_id=experiment.experiment_id, run_name=args.run_name) as run,
-        runs.always_ended(),
+        ending.always_ended(),
     ):
         run_id = run.info.run_id
         print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)

@@ -66,6 +66,7 @@ def main(argv=None):
     from common import (
         credentials,
         data,
+        ending,
         failures,
         model,
         plots,
@@ -93,7 +94,7 @@ def main(argv=None):
     tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: one training attempt, with a page of its own.
-    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
+    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, ending.always_ended():
         run_id = run.info.run_id
         print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
         # set_tags: who, from which commit, in which batch job.

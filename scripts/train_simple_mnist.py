@@ -59,7 +59,7 @@ def main(argv=None):
     import mlflow
     import torch
 
-    from common import credentials, data, failures, model, runs, tracking, training
+    from common import credentials, data, ending, failures, model, runs, tracking, training
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
     failures.explain()  # a server that fails, now or later: two lines and an exit code
@@ -77,7 +77,7 @@ def main(argv=None):
     tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: everything logged in this block belongs to this run.
-    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
+    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, ending.always_ended():
         run_id = run.info.run_id
         print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
         # log_params: once a run; the table "Parameters" on its page.

@@ -55,7 +55,7 @@ def main(argv=None):
     from sklearn.metrics import classification_report, precision_recall_fscore_support
     from sklearn.model_selection import train_test_split
 
-    from common import credentials, failures, plots, runs, tracking
+    from common import credentials, ending, failures, plots, runs, tracking
 
     # 1. Connect, and load the data.
     failures.explain()  # a server that fails, now or later: two lines and an exit code
@@ -76,7 +76,7 @@ def main(argv=None):
     tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: one run is one execution of this script.
-    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
+    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, ending.always_ended():
         run_id = run.info.run_id
         print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
         forest = RandomForestClassifier(

@@ -77,7 +77,7 @@ def main(argv=None):
     import mlflow
     import optuna
 
-    from common import credentials, data, failures, provenance, runs, studies, tracking
+    from common import credentials, data, ending, failures, provenance, runs, studies, tracking
 
     # 1. Connect, load the data, open the study: whatever is wrong shows now.
     failures.explain()  # a server that fails, now or later: two lines and an exit code
@@ -109,7 +109,7 @@ def main(argv=None):
                 run_name=None if parent_run_id else f"study {args.study}",
             )
         )
-        stack.enter_context(runs.always_ended())
+        stack.enter_context(ending.always_ended())
         parent = mlflow.active_run()
         print(f"run      {parent.info.run_id}  study {args.study}  {runs.run_address(parent)}")
         if not parent_run_id:
@@ -144,7 +144,7 @@ def work(args, splits, parent_run_id, count, worker=0):
     import optuna
     import torch
 
-    from common import model, runs, studies, training
+    from common import ending, model, studies, training
 
     train, validation = splits
     study = optuna.load_study(
@@ -175,7 +175,7 @@ def work(args, splits, parent_run_id, count, worker=0):
                     nested=True,
                     parent_run_id=parent_run_id,
                 ) as run,
-                runs.always_ended(),
+                ending.always_ended(),
             ):
                 trial.set_user_attr("run_id", run.info.run_id)
                 # log_params: the columns to compare trials by, in the UI's chart view too.
@@ -212,7 +212,7 @@ def work(args, splits, parent_run_id, count, worker=0):
                     )
         except BaseException:  # also a signal: the study is not to wait for this trial
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            runs.end_half_open_child(experiment_id, parent_run_id, f"trial {trial.number}")
+            ending.end_half_open_child(experiment_id, parent_run_id, f"trial {trial.number}")
             raise
         if pruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
