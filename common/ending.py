@@ -1,6 +1,10 @@
 """The end of a run, whatever happens to the process.
 
-If you only want one thing for your own training script, copy this file.
+If you only want one thing for your own training script, copy this file, and write
+
+    with mlflow.start_run(), ending.always_ended():
+
+in its main thread.
 """
 
 import contextlib
@@ -45,7 +49,8 @@ def always_ended(another_ended=lambda: False):
     batch system sends SIGTERM when the time is up or the job is preempted, Python would die at
     once, and the run would be RUNNING for ever. FAILED on an error, which is raised again:
     `start_run` by itself would wait minutes for a server that is away, and then raise another.
-    FAILED, too, if the signal came because `another_ended()` of several processes.
+    FAILED, too, if the signal came because `another_ended()` of several processes. From then on
+    MLflow does not wait for a server for long.
     """
     run_id = mlflow.active_run().info.run_id
     received, ending = [], threading.Lock()
@@ -99,54 +104,55 @@ def _watched(run):
     of each signal into a pipe at once, and a thread can read it.
     """
     _open.append(run)
-    try:
-        if len(_open) > 1 or os.name == "nt":  # the outermost watches for all
-            yield
-            return
+    outermost = len(_open) == 1 and os.name != "nt"  # it watches for all
+    if outermost:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         other = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=_listen, args=(reader,), daemon=True).start()
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(other)
-            with contextlib.suppress(OSError):  # it is full, or nobody listens any more
-                os.write(writer, b"\0")  # a forked process may hold the pipe open
-            os.close(writer)
+    try:
+        yield
     finally:
-        _open.remove(run)
+        if run in _open:  # and not in a forked process
+            _open.remove(run)
+            if outermost:
+                signal.set_wakeup_fd(other)
+                with contextlib.suppress(OSError):  # it is full, or nobody listens any more
+                    os.write(writer, b"\0")  # a forked process may hold the pipe open
+                os.close(writer)
 
 
 def _before_fork():
-    """Hold signals back while this process forks.
+    """Hold signals to the new process back until it has let go of the pipe of `_watched`.
 
-    The new one shares the pipe of `_watched`: a signal that it receives before it lets go of that
-    would look like one to this process. Python, too, forgets there what comes that early.
+    They would look like signals to this process. (And Python forgets, in a new process, the
+    signals that came before its hooks ran.) Signals to this one wait or go to another thread.
     """
-    if _open:
+    if _open and _forking.mask is None:
+        # Read first: a signal handler may raise in the call that blocks.
         _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
 
 
 def _after_fork():
-    mask, _forking.mask = _forking.mask, None
-    if mask is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+        _forking.mask = None  # last: a signal handler may raise before
 
 
 def _after_fork_in_child():
     if _open:
         signal.set_wakeup_fd(-1)
+        _open.clear()  # they are its parent's runs
     _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork,
-        after_in_child=_after_fork_in_child,
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child
     )
+    # Again: a signal handler may raise before the first instruction of those.
+    os.register_at_fork(after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def _listen(reader):

@@ -126,6 +126,71 @@ def test_signal_for_a_forked_process_or_with_a_handler_of_its_own_ends_no_run(tm
     assert logged.info.status == "FINISHED"
 
 
+FORKS = """
+import functools, os, signal, threading, time, mlflow
+os.register_at_fork(after_in_parent=functools.partial(time.sleep, 1))
+from common import ending
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+with mlflow.start_run(), ending.always_ended():
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()  # amid the fork
+    try:
+        if not os.fork():
+            os._exit(0)
+        time.sleep(60)
+    finally:
+        print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_signal_while_the_process_forks_is_neither_lost_nor_left_blocked(tmp_path):
+    command = [sys.executable, "-c", FORKS]
+    environment = clean_environment(PYTHONPATH=str(ROOT))
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 143 and finished.stdout == "set()\n"
+    assert "stopped by SIGTERM; the run is marked KILLED" in finished.stderr
+
+
+FORKED = """
+import ctypes, multiprocessing, os, signal, sys, threading, mlflow
+from common import ending
+ending.DEAF = 2
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+
+def hang():
+    with mlflow.start_run(run_id=sys.argv[1]), ending.always_ended():
+        os.kill(os.getppid(), signal.SIGUSR1)
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+signal.signal(signal.SIGUSR1, lambda *_: threading.Timer(2, child.terminate).start())
+with mlflow.start_run(), ending.always_ended():
+    child = multiprocessing.get_context("fork").Process(target=hang)
+    child.start()
+    child.join(60)
+    print(child.exitcode, flush=True)
+    child.kill()
+"""
+
+
+@pytest.mark.slow
+def test_forked_process_with_a_run_of_its_own_is_watched(tmp_path):
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    own = client.create_run("0").info.run_id
+    command = [sys.executable, "-c", FORKED, own]
+    environment = clean_environment(PYTHONPATH=str(ROOT))
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0 and finished.stdout == "143\n", finished.stderr
+    assert finished.stderr.count("stopped by SIGTERM while it hung") == 1
+    statuses = {run.info.run_id: run.info.status for run in client.search_runs(["0"])}
+    assert statuses.pop(own) == "KILLED" and list(statuses.values()) == ["FINISHED"]
+
+
 @pytest.mark.slow
 def test_signal_while_the_server_is_away_ends_within_the_time_that_slurm_leaves(server, tmp_path):
     """30 seconds lie between SIGTERM and SIGKILL. The run cannot be marked, and that is said."""
