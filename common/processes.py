@@ -131,6 +131,8 @@ def join():
             "hint:  export MASTER_ADDR=<the node of process 0>, MASTER_PORT=<a free port there>."
         ) from error
     sys.excepthook = _explain_loss(world, hook)
+    # The others ask process 0 for addresses to the last: it must not end before all are through.
+    _wait_for_all(world, times=1)
     signal.signal(signal.SIGTERM, _end_soon)
     # Process 0 says what there is to say.
     signal.signal(signal.SIGINT, _end_soon if world.rank else interrupt)

@@ -1,8 +1,10 @@
 """Runs the scripts as a user does: as processes, from another folder, against real stores."""
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import ssl
@@ -75,11 +77,17 @@ def clean_environment(**variables):
         if not name.upper().startswith(("MLFLOW_", "_MLFLOW_", "AM_SC_", "SLURM_", "PBS_", "LSB_"))
         and not name.startswith(("RANK", "WORLD_", "LOCAL_", "MASTER_", "PMI", "PALS_", "OMPI_"))
         and name.lower() not in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+        and not name.startswith("GIT_")  # in a hook of git's: which repository it is about
         and name not in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PYTHONPATH")
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     fixed = {"PATH": path, "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
     return kept | fixed | variables
+
+
+# What is done in this process, and not in one that is started, goes the same way.
+for name in set(os.environ) - set(clean_environment()):
+    del os.environ[name]
 
 
 def run(script, *arguments, cwd, code=0, timeout=600, **variables):
@@ -210,10 +218,22 @@ def local(tmp_path_factory):
     return Local(folder, trained)
 
 
+def ports_of_this_worker():
+    """Port numbers that no other worker takes, and the kernel gives to nobody who asks for any."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 4
+    first = 30000 + 600 * worker
+    return itertools.cycle(random.sample(range(first, first + 600), 600))
+
+
+PORTS = ports_of_this_worker()
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port on which a process may listen that is yet to be started."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def stop(process):
@@ -226,7 +246,7 @@ def stop(process):
         process.wait()
 
 
-def wait_for(url, process, log, seconds=60):
+def wait_for(url, process, log, seconds=180):
     """Wait until `url` answers with status 200."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

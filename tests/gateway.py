@@ -6,6 +6,7 @@ certificate that the test made.
 """
 
 import http.client
+import socket
 import threading
 import time
 from email.utils import formatdate
@@ -82,10 +83,14 @@ class Gateway:
         self.fault = "down"
         self._server.shutdown()
         self._server.server_close()
+        self._held = socket.socket()  # so that nobody else gets the port
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(self._server.server_address)
 
     def come_back(self):
         """Listen again, on the same port."""
         self.fault = None
+        self._held.close()
         self._listen(self._server.server_port)
         self.__enter__()
 

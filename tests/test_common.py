@@ -148,7 +148,7 @@ def checkout(tmp_path):
 
     def git(*arguments):
         command = ["git", "-C", str(tmp_path), *arguments]
-        environment = os.environ | identity
+        environment = os.environ | identity | {"GIT_CONFIG_GLOBAL": os.devnull}
         process = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
         return process.stdout.strip()

@@ -23,7 +23,7 @@ from gateway import Gateway
 from common import failures
 
 CHECK = "scripts/check_connection.py"
-SECONDS = 45  # 15 for the connection; importing torch takes most of the rest on a busy machine
+SECONDS = 100  # MLflow by itself would take longer; on a busy machine, importing it takes most
 
 ARGUMENTS = {
     "train_mnist_mlflow.py": ("--dataset", "digits"),
@@ -195,7 +195,7 @@ def test_key_is_renewed_during_a_run(box, box_variables, server, tmp_path):
     box.key = "first-key-0123456789"
     del box_variables["AM_SC_API_KEY"]
     variables = box_variables | {"AM_SC_API_KEY_FILE": str(key_file)}
-    with training(tmp_path, "--epochs", "8", **variables) as process:
+    with training(tmp_path, "--epochs", "12", **variables) as process:
         assert "X-Api-Key from AM_SC_API_KEY_FILE" in wait_for_line(process, "tracking ")
         run_id = wait_for_line(process, "run ").split()[1]
         wait_for_line(process, "epoch 2/")
@@ -206,8 +206,8 @@ def test_key_is_renewed_during_a_run(box, box_variables, server, tmp_path):
         box._may_enter = lambda headers: headers.get("x-api-key") in ("first-key-0123456789", KEY)
         renewed.replace(key_file)
         wait_for_line(process, "epoch 4/")
-        del box._may_enter
         box.key = KEY
+        del box._may_enter
         # Now something is wrong with the file: what has been read goes on.
         key_file.chmod(0o644)
         out, err = process.communicate(timeout=120)
@@ -400,7 +400,7 @@ def test_server_on_this_machine_is_not_reached_through_a_proxy(server, tmp_path)
 def test_check_of_the_clock(box, box_variables, tmp_path):
     box.clock_lead, box.body_limit = 1000, 1_500_000
     finished = run(CHECK, cwd=tmp_path, code=28, **box_variables)
-    assert re.search(r"clock and the server's differ by (999|1000|1001) s", finished.error)
+    assert re.search(r"clock and the server's differ by (99\d|100\d) s", finished.error)
     assert "registry" in finished.result, "the rest is checked all the same"
 
 

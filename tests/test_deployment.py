@@ -145,11 +145,16 @@ class Deployment:
 
 
 @pytest.fixture
-def server_folder():
-    """A folder that PostgreSQL's account may pass through, and whose path is short."""
+def short_folder():
+    """A folder whose path leaves room for a socket's name; PostgreSQL's account may enter it."""
     with tempfile.TemporaryDirectory(prefix="mlflow-", dir="/tmp") as path:
         os.chmod(path, 0o755)
-        yield Path(path) / "server"
+        yield Path(path)
+
+
+@pytest.fixture
+def server_folder(short_folder):
+    return short_folder / "server"
 
 
 class Silent(werkzeug.serving.WSGIRequestHandler):
@@ -356,7 +361,7 @@ def check_a_large_file_goes_in_parts(deployment, s3, seen, tmp_path):
 
 
 def until(condition):
-    """nginx reads its keys again in a moment."""
+    """nginx reads its keys again, and writes its log, in a moment."""
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
@@ -370,7 +375,8 @@ def check_keys_come_and_go(deployment):
     assert key not in made.out + made.err
     assert (folder / "keys" / "alice").stat().st_mode & 0o777 == 0o600
     until(lambda: deployment.status(key=key) == 200)
-    assert re.search(r'^\S+ alice \[\S+\] "GET /version" 200 ', deployment.log("access.log"), re.M)
+    line = re.compile(r'^\S+ alice \[\S+\] "GET /version" 200 ', re.M)
+    until(lambda: line.search(deployment.log("access.log")))  # written after the answer
 
     # The same key as a password: a browser, and the bare `mlflow` command.
     assert deployment.status(path="/", auth=("alice", key), headers={}) == 200
@@ -494,7 +500,7 @@ def test_compose_and_native_run_the_same():
     )
 
 
-def test_compose_publishes_nginx_only_and_holds_no_password(tmp_path):
+def test_compose_publishes_nginx_only_and_holds_no_password(short_folder):
     published = [name for name, service in COMPOSE["services"].items() if "ports" in service]
     assert published == ["nginx"]
     for name, service in COMPOSE["services"].items():
@@ -505,8 +511,9 @@ def test_compose_publishes_nginx_only_and_holds_no_password(tmp_path):
     variables = set(re.findall(r"\$\{(\w+):\?\}", text))
     assert len(re.findall(r"\$", text)) == len(re.findall(r"\$\{\w+:\?\}", text))  # no default
 
-    serve("prepare", "--folder", tmp_path / "one", "--host", "mlflow.example.org", "--port", "443")
-    files = {path.name: path for path in (tmp_path / "one").glob("*.env")}
+    one, two = short_folder / "one", short_folder / "two"
+    serve("prepare", "--folder", one, "--host", "mlflow.example.org", "--port", "443")
+    files = {path.name: path for path in one.glob("*.env")}
     made = dict(line.split("=", 1) for line in files["compose.env"].read_text().splitlines())
     assert set(made) == variables
     assert made["SERVER_AUTHORITY"] == "mlflow.example.org"
@@ -523,12 +530,12 @@ def test_compose_publishes_nginx_only_and_holds_no_password(tmp_path):
     assert secrets["PGPASSWORD"] == secrets["POSTGRES_PASSWORD"] and len(secrets["PGPASSWORD"]) > 40
     assert secrets["AWS_SECRET_ACCESS_KEY"] == secrets["ROOT_SECRET_ACCESS_KEY"]
     before = files["postgres.env"].read_text()
-    serve("prepare", "--folder", tmp_path / "one", "--host", "mlflow.example.org", "--port", "443")
+    serve("prepare", "--folder", one, "--host", "mlflow.example.org", "--port", "443")
     assert files["postgres.env"].read_text() == before  # the database was made with it
-    serve("prepare", "--folder", tmp_path / "two")
-    assert (tmp_path / "two" / "postgres.env").read_text() != before
+    serve("prepare", "--folder", two)
+    assert (two / "postgres.env").read_text() != before
     chain = ["openssl", "verify", "-x509_strict", "-verify_hostname", "mlflow.example.org"]
-    chain += ["-CAfile", tmp_path / "one" / "ca.pem", tmp_path / "one" / "gateway" / "server.pem"]
+    chain += ["-CAfile", one / "ca.pem", one / "gateway" / "server.pem"]
     subprocess.run(chain, check=True)
 
 
@@ -622,11 +629,11 @@ def test_help_imports_nothing_heavy():
         (["upgrade", "--folder", "x"], 1, "is not the folder of a server"),
     ],
 )
-def test_mistakes_are_said_in_a_sentence(arguments, code, message, tmp_path):
-    finished = serve(*arguments, code=code, cwd=tmp_path)
+def test_mistakes_are_said_in_a_sentence(arguments, code, message, short_folder):
+    finished = serve(*arguments, code=code, cwd=short_folder)
     assert message in finished.error
     assert "Traceback" not in finished.err
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_folder.iterdir()) == []
 
 
 @pytest.mark.slow

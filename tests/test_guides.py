@@ -115,11 +115,15 @@ class Session:
         }
         print(json.dumps(order), file=self.prefork.stdin, flush=True)
         process = int(self.prefork.stdout.readline())
-        if until:
-            while not until():
-                time.sleep(0.1)
-            os.kill(process, signal.SIGTERM)
-        returned = int(self.prefork.stdout.readline())
+        try:
+            if until:
+                deadline = time.monotonic() + 300
+                while not until():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+                os.kill(process, signal.SIGTERM)
+        finally:
+            returned = int(self.prefork.stdout.readline())
         out, err = (path.read_text() for path in files)
         assert returned == code, f"{command} ended with {returned}\n{out}{err}"
         finished = Finished(SimpleNamespace(returncode=returned, stdout=out, stderr=err))

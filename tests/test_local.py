@@ -180,7 +180,7 @@ def test_register_and_inference(local, client):
 @pytest.mark.slow
 def test_same_seed_same_run(local, tmp_path):
     """On the CPU, the logged seed determines the run; another seed gives another one."""
-    flags = ("--dataset", "digits", "--epochs", 8, "--seed")
+    flags = ("--dataset", "digits", "--epochs", 8, "--precision", "fp32", "--seed")
     again = run("train_mnist_mlflow.py", *flags, 0, cwd=tmp_path).result
     other = run("train_mnist_mlflow.py", *flags, 1, cwd=tmp_path).result
     assert again["train_loss"] == local.trained.result["train_loss"]

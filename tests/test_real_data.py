@@ -7,7 +7,7 @@ from conftest import REAL_DATA, REAL_MNIST, run
 pytestmark = [pytest.mark.slow, REAL_MNIST]
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2700)
 def test_five_epochs_at_the_defaults(tmp_path):
     """The guide's second command, word for word but for the folder of the data."""
     finished = run(
@@ -15,7 +15,7 @@ def test_five_epochs_at_the_defaults(tmp_path):
         *("--epochs", 5, "--register", "--phase", "production", "--note", "Baseline CNN model"),
         *("--data_dir", REAL_DATA),
         cwd=tmp_path,
-        timeout=1500,
+        timeout=2400,
     )
     assert finished.result["val_accuracy"] >= 0.988
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
