@@ -95,6 +95,18 @@ def test_signal_while_the_main_thread_hangs_in_c_code(tmp_path):
     assert [run.info.status for run in found] == ["KILLED"] * 2
 
 
+def run_text(text, *arguments, cwd):
+    """Run lines of Python that import from common/, in a process of their own."""
+    return subprocess.run(
+        [sys.executable, "-c", text, *arguments],
+        cwd=cwd,
+        env=clean_environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 HANDLES = """
 import multiprocessing, os, signal, time, mlflow
 os.register_at_fork(after_in_child=lambda: time.sleep(1))  # the signal comes before the next one
@@ -115,11 +127,7 @@ with mlflow.start_run(), ending.always_ended():
 
 @pytest.mark.slow
 def test_signal_for_a_forked_process_or_with_a_handler_of_its_own_ends_no_run(tmp_path):
-    command = [sys.executable, "-c", HANDLES]
-    environment = clean_environment(PYTHONPATH=str(ROOT))
-    finished = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    finished = run_text(HANDLES, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == "checkpoint\n" and "stopped by" not in finished.stderr
     (logged,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
@@ -144,11 +152,7 @@ with mlflow.start_run(), ending.always_ended():
 
 @pytest.mark.slow
 def test_signal_while_the_process_forks_is_neither_lost_nor_left_blocked(tmp_path):
-    command = [sys.executable, "-c", FORKS]
-    environment = clean_environment(PYTHONPATH=str(ROOT))
-    finished = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    finished = run_text(FORKS, cwd=tmp_path)
     assert finished.returncode == 143 and finished.stdout == "set()\n"
     assert "stopped by SIGTERM; the run is marked KILLED" in finished.stderr
 
@@ -180,11 +184,7 @@ with mlflow.start_run(), ending.always_ended():
 def test_forked_process_with_a_run_of_its_own_is_watched(tmp_path):
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     own = client.create_run("0").info.run_id
-    command = [sys.executable, "-c", FORKED, own]
-    environment = clean_environment(PYTHONPATH=str(ROOT))
-    finished = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    finished = run_text(FORKED, own, cwd=tmp_path)
     assert finished.returncode == 0 and finished.stdout == "143\n", finished.stderr
     assert finished.stderr.count("stopped by SIGTERM while it hung") == 1
     statuses = {run.info.run_id: run.info.status for run in client.search_runs(["0"])}
