@@ -1,4 +1,4 @@
-"""A run from outside: its state, its model, its page."""
+"""A run looked up: its state, its model, its page."""
 
 import mlflow
 from mlflow.exceptions import MlflowException
