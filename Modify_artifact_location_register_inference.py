@@ -54,6 +54,7 @@ def main(argv=None):
         credentials,
         data,
         failures,
+        inspection,
         mapped,
         model,
         model_file,
@@ -73,6 +74,8 @@ def main(argv=None):
     model_uri = runs.model_uri(run)
     test = data.load(predictions.recorded_dataset(run, args.dataset), args.data_dir, train=False)
     file = model_file.of_model(model_uri, archive.MODEL_FILE)
+    if file.path.name == "model.pt2":  # who loads it with MLflow alone would run what is in it
+        inspection.check(file.path.parents[1])
     print(f"run      {args.run_id}  {run.info.run_name}  {file.path}", flush=True)
     if args.verify:
         model_file.verify(file)

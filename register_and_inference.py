@@ -39,15 +39,13 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
-    import tempfile
-
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     from common import (
         credentials,
         data,
         failures,
+        inspection,
         predictions,
         provenance,
         runs,
@@ -66,17 +64,9 @@ def main(argv=None):
     print(f"run      {args.run_id}  {run.info.run_name}  {model_uri}", flush=True)
 
     # 2. Check the stored model on the whole test set, before anything in the registry changes.
-    try:
-        # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
-        with tempfile.TemporaryDirectory() as folder:
-            loaded = mlflow.pytorch.load_model(model_uri, dst_path=folder)
-            stored = training.evaluate(loaded, test.images, test.labels)
-    except MlflowException as error:
-        raise SystemExit(
-            f"error: the model {model_uri} cannot be loaded: {error.message}\n"
-            "hint:  a pickle may run code when it is loaded. If that is the reason, and you trust "
-            "its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true. Else it is damaged."
-        ) from error
+    with inspection.checked_copy(model_uri) as folder:  # nothing that its author put there runs
+        loaded = mlflow.pytorch.load_model(folder)
+    stored = training.evaluate(loaded, test.images, test.labels)
     predictions.check(run, test, stored)
 
     # 3. Register and promote.
@@ -90,10 +80,10 @@ def main(argv=None):
 
     # 4. Infer through the alias.
     # [MLflow 12] load_model: what a program does that knows no more than the alias.
-    with tempfile.TemporaryDirectory() as folder:
-        alias_uri = f"models:/{args.model_name}@{args.alias}"
-        network = mlflow.pytorch.load_model(alias_uri, dst_path=folder)
-        scores = training.evaluate(network, test.images, test.labels)
+    alias_uri = f"models:/{args.model_name}@{args.alias}"
+    with inspection.checked_copy(alias_uri) as folder:
+        network = mlflow.pytorch.load_model(folder)
+    scores = training.evaluate(network, test.images, test.labels)
     predictions.report(test, scores, alias_uri)
 
     cli.print_result(

@@ -89,7 +89,6 @@ def main(argv=None):
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import importlib.util
-    import tempfile
 
     import mlflow
     import torch
@@ -99,6 +98,7 @@ def main(argv=None):
         data,
         ending,
         failures,
+        inspection,
         model,
         plots,
         predictions,
@@ -238,10 +238,9 @@ def main(argv=None):
 
     # 3. Check, register, promote.
     if args.register:
-        # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
-        with tempfile.TemporaryDirectory() as folder:
-            loaded = mlflow.pytorch.load_model(logged.model_uri, dst_path=folder)
-            stored = training.evaluate(loaded, test.images, test.labels)
+        with inspection.checked_copy(logged.model_uri) as folder:  # nothing in it runs
+            loaded = mlflow.pytorch.load_model(folder)
+        stored = training.evaluate(loaded, test.images, test.labels)
         predictions.check(mlflow.get_run(run_id), test, stored)
 
         # [MLflow 10] register_model: a new version under "Models", linked to the run.
@@ -251,10 +250,10 @@ def main(argv=None):
         print(f"model    {args.model_name} version {version.version}  alias {ALIAS}", flush=True)
 
         # [MLflow 12] load_model: what a program does that knows no more than the alias.
-        with tempfile.TemporaryDirectory() as folder:
-            alias_uri = f"models:/{args.model_name}@{ALIAS}"
-            production = mlflow.pytorch.load_model(alias_uri, dst_path=folder)
-            loaded_scores = training.evaluate(production, test.images, test.labels)
+        alias_uri = f"models:/{args.model_name}@{ALIAS}"
+        with inspection.checked_copy(alias_uri) as folder:
+            production = mlflow.pytorch.load_model(folder)
+        loaded_scores = training.evaluate(production, test.images, test.labels)
         predictions.report(test, loaded_scores, alias_uri)
         result |= {
             "model_name": args.model_name,

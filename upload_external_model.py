@@ -56,7 +56,6 @@ def main(argv=None):
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import os
-    import tempfile
 
     import mlflow
 
@@ -67,6 +66,7 @@ def main(argv=None):
         data,
         ending,
         failures,
+        inspection,
         mapped,
         model,
         model_file,
@@ -164,12 +164,10 @@ def main(argv=None):
     if args.in_place:
         stored = model_file.of_model(model_uri, archive.MODEL_FILE)
         loaded = mapped.load(model.MNISTCNN, stored.path)
-        loaded_scores = training.evaluate(loaded, test.images, test.labels)
     else:
-        # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
-        with tempfile.TemporaryDirectory() as folder:
-            loaded = mlflow.pytorch.load_model(model_uri, dst_path=folder)
-            loaded_scores = training.evaluate(loaded, test.images, test.labels)
+        with inspection.checked_copy(model_uri) as folder:  # nothing in it runs
+            loaded = mlflow.pytorch.load_model(folder)
+    loaded_scores = training.evaluate(loaded, test.images, test.labels)
     predictions.check(mlflow.get_run(run_id), test, loaded_scores)
     predictions.report(test, loaded_scores, model_uri)
     result = {"run_id": run_id, "model_uri": model_uri, "val_accuracy": scores.accuracy}

@@ -200,34 +200,21 @@ def transition(args):
 
 def load(args, uri, run):
     """Load the model at `uri`, which `run` logged, and try it on request."""
-    import tempfile
-
     import mlflow
-    from mlflow.exceptions import MlflowException
 
-    from common import data, failures, predictions, training
+    from common import data, inspection, predictions, training
 
-    # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
-    with tempfile.TemporaryDirectory() as folder:
+    with inspection.checked_copy(uri) as folder:  # nothing that its author put there runs
         # load_model: the network, ready to be called, without the code that made it.
-        try:
-            network = mlflow.pytorch.load_model(uri, dst_path=folder)
-        except MlflowException as error:
-            if failures.diagnose(error):  # the server's fault, not the model's
-                raise
-            raise SystemExit(
-                f"error: the model {uri} cannot be loaded: {error.message}\n"
-                "hint:  only networks can be loaded here, and no pickle, which may run code: if "
-                "you trust its author, export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true."
-            ) from error
-        count = sum(parameter.numel() for parameter in network.parameters())
-        print(f"loaded   {uri}  {count} parameters", flush=True)
-        result = {"run_id": run.info.run_id if run else None, "model_uri": uri, "parameters": count}
-        if not args.predict:
-            return result
-        dataset = predictions.recorded_dataset(run, args.dataset) if run else args.dataset
-        test = data.load(dataset or "mnist", args.data_dir, train=False)
-        scores = training.evaluate(network, test.images, test.labels)
+        network = mlflow.pytorch.load_model(folder)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    print(f"loaded   {uri}  {count} parameters", flush=True)
+    result = {"run_id": run.info.run_id if run else None, "model_uri": uri, "parameters": count}
+    if not args.predict:
+        return result
+    dataset = predictions.recorded_dataset(run, args.dataset) if run else args.dataset
+    test = data.load(dataset or "mnist", args.data_dir, train=False)
+    scores = training.evaluate(network, test.images, test.labels)
     predictions.report(test, scores, uri)
     return result | {"test_accuracy": scores.accuracy}
 

@@ -287,12 +287,10 @@ def work_alone(args, splits, parent_run_id, count, worker):
 
 def conclude(study, test):
     """Mark the best trial, score its model on the test set, and log all that to the parent run."""
-    import tempfile
-
     import mlflow
     from optuna.trial import TrialState
 
-    from common import plots, runs, studies, training
+    from common import inspection, plots, runs, studies, training
 
     client, parent, best = mlflow.MlflowClient(), mlflow.active_run(), study.best_trial
     trials = studies.finished_trials(study)
@@ -309,10 +307,9 @@ def conclude(study, test):
     # set_tag with a run's id: the best child, found by tags.best = 'true'.
     client.set_tag(best_run.info.run_id, "best", "true")
 
-    # MLflow leaves a full copy of each downloaded model in TMPDIR, unless dst_path is given.
-    with tempfile.TemporaryDirectory() as folder:
-        network = mlflow.pytorch.load_model(runs.model_uri(best_run), dst_path=folder)
-        scores = training.evaluate(network, test.images, test.labels)
+    with inspection.checked_copy(runs.model_uri(best_run)) as folder:  # nothing in it runs
+        network = mlflow.pytorch.load_model(folder)
+    scores = training.evaluate(network, test.images, test.labels)
     # log_metrics: of the best trial, and only of that one on the test set.
     mlflow.log_metrics(
         {

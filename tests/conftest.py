@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import ssl
@@ -14,6 +15,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -35,6 +37,7 @@ SCRIPTS = (
 )
 FURTHER_SCRIPTS = (
     "scripts/check_connection.py",
+    "scripts/check_model.py",
     "scripts/train_and_register_model.py",
     "scripts/load_and_use_models.py",
     "scripts/train_simple_mnist.py",
@@ -161,7 +164,10 @@ def mnist_dir(tmp_path_factory):
 
 
 # Files whose tests share a scene that takes long to make: each runs in one process.
-TOGETHER = ("test_guides", "test_large_model", "test_search", "test_secrets", "test_serving")
+TOGETHER = (
+    *("test_guides", "test_inspection", "test_large_model", "test_search", "test_secrets"),
+    "test_serving",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -187,6 +193,58 @@ def pytest_xdist_make_scheduler(config, log):
 def elsewhere(tmp_path, monkeypatch):
     """No test works in the project's folder: opening a SQLite store makes ./mlruns."""
     monkeypatch.chdir(tmp_path)
+
+
+class Session:
+    """Somebody who types commands in a folder, one after another."""
+
+    def __init__(self, folder, prefork, **variables):
+        self.folder, self.prefork = folder, prefork
+        self.environment = clean_environment(**variables)
+        self.ended = []  # (what was typed, how it ended)
+
+    def type(self, command, *more, code=0, until=None):
+        """Return how it `Finished`. With `until`, it gets SIGTERM as soon as that returns true."""
+        script, *arguments = shlex.split(command.removeprefix("python "))
+        files = [self.folder / f"{len(self.ended)}.{name}" for name in ("out", "err")]
+        for path in files:
+            path.touch()
+        order = {
+            "arguments": [str(ROOT / script), *arguments, *map(str, more)],
+            "cwd": str(self.folder),
+            "environment": self.environment,
+            **dict(zip(("out", "err"), map(str, files), strict=True)),
+        }
+        print(json.dumps(order), file=self.prefork.stdin, flush=True)
+        process = int(self.prefork.stdout.readline())
+        try:
+            if until:
+                deadline = time.monotonic() + 300
+                while not until():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.1)
+                os.kill(process, signal.SIGTERM)
+        finally:
+            returned = int(self.prefork.stdout.readline())
+        out, err = (path.read_text() for path in files)
+        assert returned == code, f"{command} ended with {returned}\n{out}{err}"
+        finished = Finished(SimpleNamespace(returncode=returned, stdout=out, stderr=err))
+        self.ended.append((command, finished))
+        return finished
+
+
+@pytest.fixture(scope="session")
+def prefork(tmp_path_factory):
+    """tests/prefork.py, which starts the scripts."""
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "prefork.py")],
+        cwd=tmp_path_factory.mktemp("prefork"),
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
 
 
 class Local(NamedTuple):

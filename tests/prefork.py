@@ -43,7 +43,8 @@ def become(order):
     for number, path in enumerate((os.devnull, order["out"], order["err"])):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.argv = order["arguments"]
-    sys.path[0] = os.path.dirname(sys.argv[0])
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:1] = [os.path.dirname(sys.argv[0]), *paths]
 
 
 def run(order):

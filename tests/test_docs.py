@@ -167,8 +167,8 @@ def test_every_command_runs_and_prints_what_is_shown(reader, request):
             rows = json.loads(printed)["predictions"]
             assert [len(row) for row in rows] == [10, 10]
             answered = True
-    assert len(blocks) == 17
-    assert compared == (2 if remote else 7)
+    assert len(blocks) == 18
+    assert compared == (2 if remote else 8)
     assert answered or remote
 
 
@@ -204,7 +204,7 @@ def test_docstring_commands_are_those_of_the_readme():
                 known = parser._option_string_actions
             assert flags <= set(known), line
             count += 1
-    assert count == 38
+    assert count == 40
 
 
 # Flags

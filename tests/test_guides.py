@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -22,6 +21,7 @@ from conftest import (
     REAL_MNIST,
     ROOT,
     Finished,
+    Session,
     clean_environment,
     free_port,
     mlflow_server,
@@ -88,61 +88,6 @@ def test_these_are_the_commands_of_the_guides():
                 if re.match(r"(python |pip |mlflow |mflow |export |ls |\$ )", line):
                     theirs.add(line.strip())
     assert theirs == ours
-
-
-# Typing them
-
-
-class Session:
-    """Somebody who types commands in a folder, one after another."""
-
-    def __init__(self, folder, prefork, **variables):
-        self.folder, self.prefork = folder, prefork
-        self.environment = clean_environment(**variables)
-        self.ended = []  # (what was typed, how it ended)
-
-    def type(self, command, *more, code=0, until=None):
-        """Return how it `Finished`. With `until`, it gets SIGTERM as soon as that returns true."""
-        script, *arguments = shlex.split(command.removeprefix("python "))
-        files = [self.folder / f"{len(self.ended)}.{name}" for name in ("out", "err")]
-        for path in files:
-            path.touch()
-        order = {
-            "arguments": [str(ROOT / script), *arguments, *map(str, more)],
-            "cwd": str(self.folder),
-            "environment": self.environment,
-            **dict(zip(("out", "err"), map(str, files), strict=True)),
-        }
-        print(json.dumps(order), file=self.prefork.stdin, flush=True)
-        process = int(self.prefork.stdout.readline())
-        try:
-            if until:
-                deadline = time.monotonic() + 300
-                while not until():
-                    assert time.monotonic() < deadline
-                    time.sleep(0.1)
-                os.kill(process, signal.SIGTERM)
-        finally:
-            returned = int(self.prefork.stdout.readline())
-        out, err = (path.read_text() for path in files)
-        assert returned == code, f"{command} ended with {returned}\n{out}{err}"
-        finished = Finished(SimpleNamespace(returncode=returned, stdout=out, stderr=err))
-        self.ended.append((command, finished))
-        return finished
-
-
-@pytest.fixture(scope="module")
-def prefork(tmp_path_factory):
-    """tests/prefork.py, which starts the scripts."""
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "prefork.py")],
-        cwd=tmp_path_factory.mktemp("prefork"),
-        env=clean_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        yield process
 
 
 # Everything through a box with TLS, key and token

@@ -1,0 +1,72 @@
+"""Show what is in a model, and whether anything in it would run when it is loaded; load nothing.
+
+    python scripts/check_model.py models:/MNIST_CNN@production
+    python scripts/check_model.py <folder of a model>
+
+For models that other people have made, before `mlflow models serve`, `mlflow.pyfunc.load_model` or
+a program of your own loads them. You will see the model's flavors and files, one line with the
+verdict, and a JSON object as the last line. The exit code is 0 if nothing in it would run, else 1.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
+
+from common import cli
+
+
+def build_parser():
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "model", type=cli.not_empty, help="a folder, or an address: models:/NAME@ALIAS, runs:/..."
+    )
+    cli.add_server_arguments(parser)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+
+    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    import tempfile
+
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from common import credentials, failures, inspection, tracking
+
+    failures.explain()  # a server that fails, now or later: two lines and an exit code
+    with tempfile.TemporaryDirectory() as parent:
+        if Path(args.model).is_dir():
+            folder = Path(args.model)
+        else:
+            credentials.send_api_key()  # with every request to it, and with no other
+            tracking.connect(args.tracking_uri, args.ca_bundle)
+            try:
+                # download_artifacts: all files of the model, into a folder that is removed again.
+                folder = Path(mlflow.artifacts.download_artifacts(args.model, dst_path=parent))
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                raise SystemExit(
+                    f"error: there is no model {args.model}: {error.message}\n"
+                    "hint:  scripts/load_and_use_models.py list shows the registered models."
+                ) from error
+        if not (folder / "MLmodel").exists():
+            raise SystemExit(
+                f"error: {args.model} is no model: there is no file MLmodel in it.\n"
+                "hint:  give the folder that MLmodel lies in, or an address such as models:/NAME/1."
+            )
+        files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+        for path in files:
+            name = str(path.relative_to(folder))
+            shown = name if name.isprintable() else ascii(name)  # no escape codes of the author's
+            print(f"file     {shown}  {path.lstat().st_size} bytes", flush=True)
+        inspection.check(folder, args.model)
+    print(f"safe     {args.model}  nothing in it runs when it is loaded", flush=True)
+    cli.print_result(model=args.model, files=len(files), runs_code=False)
+
+
+if __name__ == "__main__":
+    main()
