@@ -3,9 +3,9 @@
     python Modify_artifact_location.py --epochs 5 --phase development --target_path <shared folder>
 
 Metadata goes to the tracking server; the model and the plots are written once, straight to
---target_path, and no byte of them travels to the server. You will see the path of the model, what
-it took to write it, and a JSON object as the last line. In the MLflow UI, the run's artifact
-location is that folder, and the model has its size and SHA-256 as tags.
+--target_path. You will see the path of the model's file, what it took to write it, and a JSON
+object as the last line. In the MLflow UI the model has its size and SHA-256 as tags. Needs
+common/cli.py and the rooms connection, runs, storage and training of common/.
 """
 
 from common import cli
@@ -17,69 +17,10 @@ ALIAS = "production"  # the label that programs load the model by
 
 def build_parser():
     parser = cli.parser(__doc__)
+    cli.add_training_arguments(parser, MODEL_NAME, ALIAS)
+    where = "folder on the shared filesystem, fixed for the experiment by its first run"
     parser.add_argument(
-        "--batch_size",
-        type=cli.whole_number(1),
-        default=64,
-        help="pictures a step, of all processes together (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--epochs",
-        type=cli.whole_number(1),
-        default=1,
-        help="passes over the training set (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--lr",
-        type=cli.learning_rate,
-        default=0.001,
-        help="learning rate of Adam (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--phase",
-        choices=("development", "tuning", "production"),
-        default="development",
-        help="value of the tag project.phase (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--register",
-        action="store_true",
-        help=f"register the model and point the alias {ALIAS} at it (default: only track)",
-    )
-    parser.add_argument(
-        "--note", default="", help="description shown on the run's page (default: none)"
-    )
-    parser.add_argument("--owner", help="value of the tag owner (default: your user name)")
-    parser.add_argument(
-        "--model_name",
-        type=cli.model_name,
-        default=MODEL_NAME,
-        help="name in the registry, with --register (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=cli.whole_number(0),
-        default=0,
-        help="seed of the weights and of the order of pictures (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "xpu", "mps"),
-        default="auto",
-        help="where to train; auto: a GPU if there is one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="numbers to multiply; auto: bf16 where it is faster (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--target_path",
-        type=cli.not_empty,
-        required=True,
-        metavar="DIR",
-        help="folder on the shared filesystem, fixed for the experiment by its first run",
+        "--target_path", type=cli.not_empty, required=True, metavar="DIR", help=where
     )
     cli.add_data_arguments(parser)
     cli.add_server_arguments(parser, EXPERIMENT)
@@ -98,61 +39,43 @@ def main(argv=None):
     import mlflow
     import torch
 
-    from common import (
-        archive,
-        credentials,
-        data,
-        ending,
-        failures,
-        mapped,
-        model,
-        model_file,
-        plots,
-        predictions,
-        processes,
-        provenance,
-        runs,
-        shared_storage,
-        tracking,
-        training,
-    )
+    from common import connection, runs, storage, training
 
     # 1. Connect, check the folder, and load the data: whatever is wrong shows now.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    world = processes.join()  # one process, unless torchrun, srun or mpiexec has started several
+    world = training.join()  # one process, unless torchrun, srun or mpiexec has started several
+    if world.rank == 0:  # the one that talks to MLflow
+        folder = storage.prepare(args.target_path)
+        connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+        storage.check_experiment(args.experiment, folder)
+    with training.in_turn(world):
+        train = training.load_data(args.dataset, args.data_dir, train=True)
+        test = training.load_data(args.dataset, args.data_dir, train=False)
+    torch.manual_seed(args.seed)
+    network = training.MNISTCNN()
     if world.rank == 0:
-        folder = shared_storage.prepare(args.target_path)
-        credentials.send_api_key()  # with every request to it, and with no other
-        tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-        shared_storage.check_experiment(args.experiment, folder)
-        shared_storage.check_space(folder, model.MNISTCNN())
-    with processes.in_turn(world):
-        train = data.load(args.dataset, args.data_dir, train=True)
-        test = data.load(args.dataset, args.data_dir, train=False)
+        storage.check_space(folder, network)
+        runs.check_export(network, training.input_example(test.images))  # can it be stored?
+        # [MLflow 13] create_experiment: the only place where an artifact location can be set.
+        # MLflow writes to a file:// location from this machine; the server never sees the files.
+        if mlflow.get_experiment_by_name(args.experiment) is None:  # else it was checked above
+            mlflow.create_experiment(args.experiment, artifact_location=folder.as_uri())
+        # [MLflow 1] set_experiment: the run joins the others of this one, on the left in the UI.
+        experiment = mlflow.set_experiment(args.experiment)
 
     device = training.best_device(args.device, world.local_rank)
     precision = training.best_precision(args.precision, device)
-    torch.manual_seed(args.seed)
-    network = model.MNISTCNN().to(device, memory_format=torch.channels_last)
+    network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, fused=True)
     epochs = training.epochs(
         network, optimizer, train, test, args.epochs, args.batch_size, args.seed, precision
     )
     if world.rank > 0:
-        return processes.follow(epochs)  # it trains along, and leaves MLflow to process 0
-
-    # [MLflow 13] create_experiment: the only place where an artifact location can be set. MLflow
-    # writes to a file:// location from here, on this machine; the server never sees the files.
-    if mlflow.get_experiment_by_name(args.experiment) is None:
-        mlflow.create_experiment(args.experiment, artifact_location=folder.as_uri())
-    # [MLflow 1] set_experiment: the run joins the others of this experiment, on the left in the UI.
-    experiment = mlflow.set_experiment(args.experiment)
-    tracking.check_artifact_location(experiment.artifact_location)
-    owner = args.owner or provenance.user()
+        return training.follow(epochs)  # trains along, and leaves MLflow to process 0
 
     # 2. Train and track. Leaving the `with` block ends the run: FINISHED, FAILED or KILLED.
     # [MLflow 2] start_run: one run is one execution of this script. It gets a page with this name;
     # the experiment is named again because two processes may be creating it at the same moment.
+    owner = args.owner or runs.user()
     with (
         mlflow.start_run(
             experiment_id=experiment.experiment_id,
@@ -160,12 +83,11 @@ def main(argv=None):
             description=args.note or None,
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        ending.always_ended(processes.another_ended),
+        runs.always_ended(training.another_ended),
     ):
         run_id = run.info.run_id
-        print(
-            f"run      {run_id}  experiment {args.experiment}  {runs.run_address(run)}", flush=True
-        )
+        where = runs.run_address(run)
+        print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
         print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
 
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
@@ -175,8 +97,8 @@ def main(argv=None):
                 "project.phase": args.phase,
                 "model.type": "Computer Vision",
                 "model.class": type(network).__name__,
-                **provenance.git_tags(__file__),
-                **provenance.job_tags(),
+                **runs.git_tags(__file__),
+                **runs.job_tags(),
             }
         )
         # [MLflow 4] log_params: what was set before training; the columns to compare runs by.
@@ -195,48 +117,38 @@ def main(argv=None):
         )
         # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.
         for split, context in ((train, "training"), (test, "validation")):
+            images, labels = split.images.numpy(), split.labels.numpy()
             dataset = mlflow.data.from_numpy(
-                split.images.numpy(),
-                targets=split.labels.numpy(),
-                name=args.dataset,
-                source=split.source,
-                digest=split.digest,
+                images, split.source, labels, name=args.dataset, digest=split.digest
             )
             mlflow.log_input(dataset, context=context)
 
         for epoch in epochs:
             # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
-            mlflow.log_metrics(
-                {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy},
-                step=epoch.number,
-            )
+            results = {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy}
+            mlflow.log_metrics(results, step=epoch.number)
             print(
                 f"epoch {epoch.number}/{args.epochs}  loss {epoch.train_loss:.4f}  "
                 f"val_accuracy {epoch.val_accuracy:.4f}  {epoch.seconds:.1f} s",
                 flush=True,
             )
-        processes.leave()
+        training.leave()
 
         # Score once more from the CPU, where the model is stored from and where anyone can load it.
         network = network.to("cpu", memory_format=torch.contiguous_format).eval()
         scores = training.evaluate(network, test.images, test.labels)
 
-        # [MLflow 7] log_figure: a picture in the tab "Artifacts", with no file left behind here.
+        # [MLflow 7] log_figure: an image in the tab "Artifacts", with no file left behind here.
+        title = f"{args.dataset} test set, accuracy {scores.accuracy:.4f}"
         mlflow.log_figure(
-            plots.confusion_matrix_figure(
-                test.labels,
-                scores.predictions,
-                test.class_names,
-                f"{args.dataset} test set, accuracy {scores.accuracy:.4f}",
-            ),
+            runs.confusion_matrix_figure(test.labels, scores.predictions, test.class_names, title),
             "plots/confusion_matrix.png",
         )
-        # [MLflow 8] log_dict: what it predicts for each test picture, to check a loaded model by.
-        mlflow.log_dict(
-            predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
-        )
+        # [MLflow 8] log_dict: what it predicts for each test image, to check a loaded model by.
+        record = runs.record_predictions(args.dataset, test, scores.predictions)
+        mlflow.log_dict(record, runs.PREDICTIONS)
         model_uri, file = save_model_once(network, test.images, args.epochs)
-        shared_storage.open_to_group(shared_storage.path_of(run.info.artifact_uri).parent)
+        storage.open_to_group(storage.path_of(run.info.artifact_uri).parent)
     result = {
         "run_id": run_id,
         "model_uri": model_uri,
@@ -245,24 +157,18 @@ def main(argv=None):
         "val_accuracy": scores.accuracy,
     }
 
-    # 3. Check, register, promote.
+    # 3. Check what was stored, register it, promote it.
     if args.register:
-        loaded = mapped.load(model.MNISTCNN, file.path)
+        # Map it, as a program does that knows the alias: storage.of_alias(name, alias).path.
+        loaded = storage.map_weights(training.MNISTCNN, file.path)
         stored = training.evaluate(loaded, test.images, test.labels)
-        predictions.check(mlflow.get_run(run_id), test, stored)
+        runs.check_predictions(mlflow.get_run(run_id), test, stored, model_uri)
 
         # [MLflow 10] register_model: a new version under "Models"; it points at the path.
         version = mlflow.register_model(model_uri, args.model_name, tags=file.tags)
         # [MLflow 11] set_registered_model_alias: @production now means this version, for everyone.
         mlflow.MlflowClient().set_registered_model_alias(args.model_name, ALIAS, version.version)
         print(f"model    {args.model_name} version {version.version}  alias {ALIAS}", flush=True)
-
-        # Load it as a program does that knows no more than the alias: from the path, into memory.
-        production = mapped.load(
-            model.MNISTCNN, model_file.of_alias(args.model_name, ALIAS, archive.MODEL_FILE).path
-        )
-        loaded_scores = training.evaluate(production, test.images, test.labels)
-        predictions.report(test, loaded_scores, f"models:/{args.model_name}@{ALIAS}")
         result |= {
             "model_name": args.model_name,
             "model_version": str(version.version),
@@ -273,56 +179,50 @@ def main(argv=None):
 
 
 def save_model_once(network, images, step):
-    """Write the model straight to its final folder, and return (its address, its file).
-
-    `log_model` would write it to TMPDIR first, which is memory on many compute nodes, and copy it.
-    A model that could not be written whole is marked FAILED, and its files are removed.
-    """
+    """Write the model straight to its final folder; return (its address, its file)."""
     import mlflow
     import torch
 
-    from common import archive, cost, model, model_file, shared_storage
+    from common import storage, training
 
-    example = model.input_example(images)
+    example = training.input_example(images)
+    with torch.inference_mode():
+        answer = network(torch.from_numpy(example)).numpy()
     # [MLflow 14] initialize_logged_model: its id, and with it the folder, before a byte is written.
     logged = mlflow.initialize_logged_model(name="model")
-    path = shared_storage.path_of(logged.artifact_location)
+    path = storage.path_of(logged.artifact_location)
     description = mlflow.models.Model(
         artifact_path=logged.artifact_location,
         run_id=logged.source_run_id,
         model_uuid=logged.model_id,
         model_id=logged.model_id,
     )
-    try:
-        with cost.measured() as written, shared_storage.staged(path) as folder:
-            # [MLflow 15] save_model: what log_model does, without the upload; here, also without
-            # the weights, which are written meanwhile, at the speed of the disk.
-            with archive.weights_written(folder, network.state_dict()) as weights:
-                with torch.inference_mode():
-                    answer = network(torch.from_numpy(example)).numpy()
-                mlflow.pytorch.save_model(
-                    archive.without_weights(network),
-                    path=folder,
-                    mlflow_model=description,
-                    input_example=example,
-                    signature=mlflow.models.infer_signature(example, answer),
-                    pip_requirements=model.pip_requirements(),
-                )
-            description.model_size_bytes = shared_storage.size_of(folder)
-            description.save(folder / "MLmodel")
-    except BaseException:  # a signal, too
-        mlflow.finalize_logged_model(logged.model_id, "FAILED")
-        raise
-    file = model_file.recorded(path / archive.MODEL_FILE, weights.sha256.hexdigest())
+
+    def save(network):
+        # [MLflow 15] save_model: what log_model does, without the upload, and without writing it
+        # to TMPDIR first, which is memory on many compute nodes.
+        mlflow.pytorch.save_model(
+            network,
+            path=folder,
+            mlflow_model=description,
+            input_example=example,
+            signature=mlflow.models.infer_signature(example, answer),
+            pip_requirements=training.pip_requirements(),
+        )
+
+    # What is not written whole is removed; and as the run then fails, the model is marked FAILED.
+    with storage.measured() as written, storage.staged(path) as folder:
+        sha256 = storage.write_model(folder, network, save)  # the weights at the disk's speed
+    file = storage.recorded(path / storage.MODEL_FILE, sha256)
     # [MLflow 16] finalize_logged_model, log_outputs: READY, and linked from the run's page. The
-    # tags say which file it is; colleagues and later jobs check the file against them.
+    # tags say which file it is, for whoever loads it.
     mlflow.set_logged_model_tags(logged.model_id, file.tags)
     mlflow.finalize_logged_model(logged.model_id, "READY")
     mlflow.log_outputs([mlflow.entities.LoggedModelOutput(logged.model_id, step=step)])
-    print(f"model    {file.path}", flush=True)
+    print(f"file     {file.path}", flush=True)
     mlflow.log_metrics(written.report("write", file.size))
     return f"models:/{logged.model_id}", file
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -3,9 +3,10 @@
     python Modify_artifact_location_register_inference.py --run_id <RUN_ID> --model_name MNIST_CNN
 
 For a run of Modify_artifact_location.py, or of upload_external_model.py --in_place. You will see
-the model's path, what it took to load it, the model checked on the whole test set before anything
-is registered, then the version, and a JSON object as the last line. In the MLflow UI the model has
-a new version under "Models", with the alias, and with path, size and SHA-256 as tags.
+the path of the model's file, what it took to load it, the model checked on the whole test set
+before anything is registered, then the version, and a JSON object as the last line. In the MLflow
+UI the model has a new version under "Models", with the alias, and with path, size and SHA-256 as
+tags. Needs common/cli.py and the rooms connection, runs, storage and training of common/.
 """
 
 from common import cli
@@ -48,49 +49,33 @@ def main(argv=None):
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import mlflow
 
-    from common import (
-        archive,
-        cost,
-        credentials,
-        data,
-        failures,
-        inspection,
-        mapped,
-        model,
-        model_file,
-        predictions,
-        provenance,
-        runs,
-        tracking,
-        training,
-    )
+    from common import connection, runs, storage, training
 
     # 1. Connect, and find the run, the file of its model and the test set that it was scored on.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle)
     run = runs.finished_run(args.run_id)
-    tracking.check_artifact_location(run.info.artifact_uri)
     model_uri = runs.model_uri(run)
-    test = data.load(predictions.recorded_dataset(run, args.dataset), args.data_dir, train=False)
-    file = model_file.of_model(model_uri, archive.MODEL_FILE)
-    if file.path.name == "model.pt2":  # who loads it with MLflow alone would run what is in it
-        inspection.check(file.path.parents[1])
-    print(f"run      {args.run_id}  {run.info.run_name}  {file.path}", flush=True)
+    test = training.load_data(runs.recorded_dataset(run, args.dataset), args.data_dir, train=False)
+    file = storage.of_model(model_uri)
+    print(f"run      {args.run_id}  {run.info.run_name}  {model_uri}", flush=True)
+    print(f"file     {file.path}", flush=True)
     if args.verify:
-        model_file.verify(file)
+        storage.verify(file)
         print(f"verify   SHA-256 {file.sha256}, as written on {file.host}", flush=True)
+    if str(file.path).endswith(storage.MODEL_FILE):  # who loads it with MLflow alone runs all of it
+        storage.check_model(file.path.parents[1])
 
     # 2. Map it into memory, and check it on the whole test set, before the registry changes.
-    with cost.measured() as loading:
-        network = mapped.load(model.MNISTCNN, file.path)
+    with storage.measured() as loading:
+        network = storage.map_weights(training.MNISTCNN, file.path)
     load_metrics = loading.report("load", file.size)
-    predictions.check(run, test, training.evaluate(network, test.images, test.labels))
+    scores = training.evaluate(network, test.images, test.labels)
+    runs.check_predictions(run, test, scores, model_uri)
 
     # 3. Register and promote.
     # [MLflow 10] register_model: a new version under "Models"; its tags say which file it is.
     version = mlflow.register_model(
-        model_uri, args.model_name, tags={"registered_by": provenance.user(), **file.tags}
+        model_uri, args.model_name, tags={"registered_by": runs.user(), **file.tags}
     )
     # [MLflow 11] set_registered_model_alias: the alias now means this version, for everyone.
     mlflow.MlflowClient().set_registered_model_alias(args.model_name, args.alias, version.version)
@@ -99,10 +84,10 @@ def main(argv=None):
     mlflow.log_metrics(load_metrics, run_id=args.run_id)
 
     # 4. Infer as a program does that knows no more than the alias: from the path, into memory.
-    alias_file = model_file.of_alias(args.model_name, args.alias, archive.MODEL_FILE)
-    network = mapped.load(model.MNISTCNN, alias_file.path)
-    scores = training.evaluate(network, test.images, test.labels)
-    predictions.report(test, scores, f"models:/{args.model_name}@{args.alias}")
+    alias_file = storage.of_alias(args.model_name, args.alias)
+    network = storage.map_weights(training.MNISTCNN, alias_file.path)
+    first = training.evaluate(network, test.images[:5], test.labels[:5])
+    runs.print_samples(test, first.predictions)
     cli.print_result(
         run_id=args.run_id,
         model_name=args.model_name,
@@ -115,4 +100,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -3,8 +3,9 @@
     python register_and_inference.py --run_id <RUN_ID>
 
 You will see the model checked on the whole test set before anything is registered, then the
-version, a few pictures with their predictions, and a JSON object as the last line. In the MLflow UI
-the model has a new version under "Models", linked to its run, with the alias beside it.
+version, a few images with their predictions, and a JSON object as the last line. In the MLflow UI
+the model has a new version under "Models", linked to its run, with the alias beside it. Needs
+common/cli.py and the rooms connection, runs, storage and training of common/.
 """
 
 from common import cli
@@ -41,50 +42,34 @@ def main(argv=None):
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import mlflow
 
-    from common import (
-        credentials,
-        data,
-        failures,
-        inspection,
-        predictions,
-        provenance,
-        runs,
-        tracking,
-        training,
-    )
+    from common import connection, runs, storage, training
 
     # 1. Connect, and find the run, its model and the test set that it was scored on.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle)
     run = runs.finished_run(args.run_id)
-    tracking.check_artifact_location(run.info.artifact_uri)
     model_uri = runs.model_uri(run)
-    test = data.load(predictions.recorded_dataset(run, args.dataset), args.data_dir, train=False)
+    test = training.load_data(runs.recorded_dataset(run, args.dataset), args.data_dir, train=False)
     print(f"run      {args.run_id}  {run.info.run_name}  {model_uri}", flush=True)
 
     # 2. Check the stored model on the whole test set, before anything in the registry changes.
-    with inspection.checked_copy(model_uri) as folder:  # nothing that its author put there runs
-        loaded = mlflow.pytorch.load_model(folder)
-    stored = training.evaluate(loaded, test.images, test.labels)
-    predictions.check(run, test, stored)
+    with storage.checked_copy(model_uri) as folder:  # nothing that its author put there runs
+        stored = mlflow.pytorch.load_model(folder)
+    scores = training.evaluate(stored, test.images, test.labels)
+    runs.check_predictions(run, test, scores, model_uri)
 
     # 3. Register and promote.
     # [MLflow 10] register_model: a new version under "Models", linked to the run.
-    version = mlflow.register_model(
-        model_uri, args.model_name, tags={"registered_by": provenance.user()}
-    )
+    version = mlflow.register_model(model_uri, args.model_name, tags={"registered_by": runs.user()})
     # [MLflow 11] set_registered_model_alias: the alias now means this version, for everyone.
     mlflow.MlflowClient().set_registered_model_alias(args.model_name, args.alias, version.version)
     print(f"model    {args.model_name} version {version.version}  alias {args.alias}", flush=True)
 
     # 4. Infer through the alias.
     # [MLflow 12] load_model: what a program does that knows no more than the alias.
-    alias_uri = f"models:/{args.model_name}@{args.alias}"
-    with inspection.checked_copy(alias_uri) as folder:
+    with storage.checked_copy(f"models:/{args.model_name}@{args.alias}") as folder:
         network = mlflow.pytorch.load_model(folder)
-    scores = training.evaluate(network, test.images, test.labels)
-    predictions.report(test, scores, alias_uri)
+    first = training.evaluate(network, test.images[:5], test.labels[:5])
+    runs.print_samples(test, first.predictions)
 
     cli.print_result(
         run_id=args.run_id,
@@ -97,4 +82,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

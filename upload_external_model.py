@@ -5,10 +5,11 @@
     python upload_external_model.py --model_path <weights on a shared filesystem> --in_place
 
 The file holds a state dict (`torch.save(model.state_dict(), path)`, or safetensors) of the network
-in common/model.py; no code in it is run. With --in_place it stays where it is, and only its path,
-size and SHA-256 are logged. You will see its accuracy on the test set,
-the model's address, and a JSON object as the last line. In the MLflow UI it is a run of the
-experiment mnist_cnn_pytorch.
+in common/training/networks.py; no code in it is run. With --in_place it stays where it is, and only
+its path, size and SHA-256 are logged. You will see its accuracy on the test set, the stored model
+checked, and a JSON object as the last line. In the MLflow UI it is a run of the experiment
+mnist_cnn_pytorch. Needs common/cli.py and the rooms connection, runs, storage and training of
+common/.
 """
 
 from pathlib import Path
@@ -59,48 +60,29 @@ def main(argv=None):
 
     import mlflow
 
-    from common import (
-        archive,
-        cost,
-        credentials,
-        data,
-        ending,
-        failures,
-        inspection,
-        mapped,
-        model,
-        model_file,
-        plots,
-        predictions,
-        provenance,
-        runs,
-        tracking,
-        training,
-        weights,
-    )
+    from common import connection, runs, storage, training
 
     # 1. Read the weights, connect, score: whatever is wrong shows before anything is logged.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
     path = Path(args.model_path)
     if args.in_place:
         path = Path(os.path.abspath(path))
-        with cost.measured() as loading:
-            network = mapped.load(model.MNISTCNN, path)
+        if path.suffix == ".pt2":  # mapping runs nothing in it, but torch.export.load would
+            storage.check_archive(path)
+        with storage.measured() as loading:
+            network = storage.map_weights(training.MNISTCNN, path)
     else:
-        network = model.MNISTCNN().eval()
-        weights.load(network, path)
-    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-    test = data.load(args.dataset, args.data_dir, train=False)
+        network = training.MNISTCNN().eval()
+        storage.load_weights(network, path)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    test = training.load_data(args.dataset, args.data_dir, train=False)
     scores = training.evaluate(network, test.images, test.labels)
-    file = model_file.recorded(path, model_file.sha256(path))
+    file = storage.recorded(path, storage.sha256(path))
     print(f"weights  {path}  val_accuracy {scores.accuracy:.4f} on {args.dataset}", flush=True)
 
     # 2. Log the model, in a run of its own. [MLflow 1] set_experiment: the run joins the others of
     # this experiment, in the UI's left column.
     experiment = mlflow.set_experiment(args.experiment)
-    tracking.check_artifact_location(experiment.artifact_location)
-    owner = provenance.user()
+    owner = runs.user()
     # [MLflow 2] start_run: one run is one execution of this script. It gets a page with this name.
     with (
         mlflow.start_run(
@@ -108,12 +90,11 @@ def main(argv=None):
             run_name=f"MNIST_external_{owner}",
             description=args.note or None,
         ) as run,
-        ending.always_ended(),
+        runs.always_ended(),
     ):
         run_id = run.info.run_id
-        print(
-            f"run      {run_id}  experiment {args.experiment}  {runs.run_address(run)}", flush=True
-        )
+        where = runs.run_address(run)
+        print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
         # [MLflow 3] set_tags: words to find the run by; here also which file the weights came from.
         mlflow.set_tags(
             {
@@ -122,28 +103,23 @@ def main(argv=None):
                 "model.class": type(network).__name__,
                 "source.file": path.name,
                 "source.sha256": file.sha256,
-                **provenance.git_tags(__file__),
-                **provenance.job_tags(),
+                **runs.git_tags(__file__),
+                **runs.job_tags(),
             }
         )
         # [MLflow 4] log_params: the data set that the score is from.
         mlflow.log_param("dataset", args.dataset)
         # [MLflow 6] log_metrics: comparable with the runs that were trained here.
         mlflow.log_metrics({"val_loss": scores.loss, "val_accuracy": scores.accuracy})
-        # [MLflow 7] log_figure: a picture in the tab "Artifacts", with no file left behind here.
+        # [MLflow 7] log_figure: an image in the tab "Artifacts", with no file left behind here.
+        title = f"{args.dataset} test set, accuracy {scores.accuracy:.4f}"
         mlflow.log_figure(
-            plots.confusion_matrix_figure(
-                test.labels,
-                scores.predictions,
-                test.class_names,
-                f"{args.dataset} test set, accuracy {scores.accuracy:.4f}",
-            ),
+            runs.confusion_matrix_figure(test.labels, scores.predictions, test.class_names, title),
             "plots/confusion_matrix.png",
         )
-        # [MLflow 8] log_dict: what it predicts for each test picture, to check a loaded model by.
-        mlflow.log_dict(
-            predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
-        )
+        # [MLflow 8] log_dict: what it predicts for each test image, to check a loaded model by.
+        record = runs.record_predictions(args.dataset, test, scores.predictions)
+        mlflow.log_dict(record, runs.PREDICTIONS)
         if args.in_place:
             # [MLflow 17] create_external_model: a model whose files MLflow does not keep. It is
             # listed, compared and registered as any other; the tags say where its file is.
@@ -155,21 +131,20 @@ def main(argv=None):
             logged = mlflow.pytorch.log_model(
                 network,
                 name="model",
-                input_example=model.input_example(test.images),
-                pip_requirements=model.pip_requirements(),
+                input_example=training.input_example(test.images),
+                pip_requirements=training.pip_requirements(),
             )
     model_uri = f"models:/{logged.model_id}"
 
     # 3. Check what is stored, on the whole test set.
     if args.in_place:
-        stored = model_file.of_model(model_uri, archive.MODEL_FILE)
-        loaded = mapped.load(model.MNISTCNN, stored.path)
+        loaded = storage.map_weights(training.MNISTCNN, storage.of_model(model_uri).path)
     else:
-        with inspection.checked_copy(model_uri) as folder:  # nothing in it runs
+        # [MLflow 12] load_model: without the code that made it; nothing in the checked copy runs.
+        with storage.checked_copy(model_uri) as folder:
             loaded = mlflow.pytorch.load_model(folder)
-    loaded_scores = training.evaluate(loaded, test.images, test.labels)
-    predictions.check(mlflow.get_run(run_id), test, loaded_scores)
-    predictions.report(test, loaded_scores, model_uri)
+    stored = training.evaluate(loaded, test.images, test.labels)
+    runs.check_predictions(mlflow.get_run(run_id), test, stored, model_uri)
     result = {"run_id": run_id, "model_uri": model_uri, "val_accuracy": scores.accuracy}
 
     # 4. Register and promote, on request.
@@ -189,9 +164,10 @@ def main(argv=None):
                 args.model_name, args.alias, version.version
             )
             result["alias"] = args.alias
-        print(f"model    {args.model_name} version {version.version}  alias {args.alias or '-'}")
+        alias = args.alias or "-"
+        print(f"model    {args.model_name} version {version.version}  alias {alias}", flush=True)
     cli.print_result(**result)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from train import ROOT, machine, print_table  # noqa: E402 (a file beside this one)
+from train import KEEP_MEMORY, ROOT, machine, print_table  # noqa: E402 (a file beside this one)
 
 
 def main():
@@ -34,10 +34,13 @@ def main():
         help="numbers of processes (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=int, help="threads of a process (default: cores / most processes)"
+        "--threads", type=int, help="threads per process (default: cores / most processes)"
     )
     parser.add_argument(
-        "--batch_size", type=int, default=64, help="the global batch (default: %(default)s)"
+        "--batch_size",
+        type=int,
+        default=64,
+        help="global batch size, over all processes (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs", type=int, default=2, help="epochs of each case (default: %(default)s)"
@@ -66,7 +69,7 @@ def main():
     for count in args.processes:
         seconds, result = train(args, count, threads)
         first = first or seconds * count
-        print(f"{count} processes  {seconds:.2f} s an epoch", flush=True)
+        print(f"{count} processes  {seconds:.2f} s per epoch", flush=True)
         rows.append(
             (
                 *(str(count), str(threads), f"{seconds:.2f}", f"{first / seconds:.2f} x"),
@@ -76,7 +79,7 @@ def main():
         )
     print_table(
         f"{args.epochs} epochs of {args.dataset}, global batch {args.batch_size}",
-        *(("processes", "threads each", "s an epoch", "speed", "efficiency", "loss", "accuracy"),),
+        *(("processes", "threads each", "s per epoch", "speed", "efficiency", "loss", "accuracy"),),
         rows,
     )
 
@@ -92,7 +95,7 @@ def train(args, count, threads):
         *("--data_dir", os.path.abspath(args.data_dir)),
         *("--tracking_uri", "sqlite:///mlflow.db"),
     ]
-    variables = {"OMP_NUM_THREADS": str(threads), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    variables = {"OMP_NUM_THREADS": str(threads), "MLFLOW_DISABLE_TELEMETRY": "true", **KEEP_MEMORY}
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.run(
             command, cwd=folder, env=os.environ | variables, stdout=subprocess.PIPE, text=True

@@ -16,6 +16,7 @@ import platform
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CHUNK = 2**20  # bytes that dd writes at a time
+TCP_INFO_SIZE, TCP_INFO_BYTES = 136, 120  # bytes acknowledged and received stand at 120, in 2 x 8
 SERVER_EXPERIMENT, SHARED_EXPERIMENT = "through_the_server", "on_the_shared_folder"
 
 
@@ -81,18 +83,18 @@ def one_size(size, repeats, folder, proxy, writes, loads):
     """Write and load a model of `size` GB in each way, and append the rows."""
     bare = (bare_disk, bare_disk_direct) if takes_direct_writing(folder) else (bare_disk,)
     ways = (*bare, log_to_server, log_to_folder, write_once, write_weights)
-    measured = {way: [] for way in ways}
+    results_of = {way: [] for way in ways}
     for turn in range(repeats):
         # Not always in the same order: many a disk is fast for the first gigabyte after a pause.
         for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
             result = in_a_process(way, folder, proxy, size, f"{way.__name__}_{turn}")
             print(f"{size} GB  {way.__name__}  {result['seconds']:.2f} s", flush=True)
-            measured[way].append(result)
+            results_of[way].append(result)
         if turn < repeats - 1:  # the last round's files are loaded below
             remove_files(folder)
-    answer = {result["answer"] for results in measured.values() for result in results}
-    disk = min(statistics.median(result["seconds"] for result in measured[way]) for way in bare)
-    for way, results in measured.items():
+    answer = {result["answer"] for results in results_of.values() for result in results}
+    disk = min(statistics.median(result["seconds"] for result in results_of[way]) for way in bare)
+    for way, results in results_of.items():
         seconds = statistics.median(result["seconds"] for result in results)
         last = results[-1]
         writes.append(
@@ -162,9 +164,9 @@ def bare_disk_direct(folder, size, name):
 
 
 def takes_direct_writing(folder):
-    from common import archive
+    from common.storage import hashed
 
-    descriptor, direct = archive.create(folder / "bare_disk_probe")
+    descriptor, direct = hashed.create(folder / "bare_disk_probe")
     os.close(descriptor)
     return direct
 
@@ -186,7 +188,7 @@ def dd(folder, size, name, *options):
         start = time.perf_counter()
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "size": count * CHUNK, "memory": None, "answer": None}
+    return {"seconds": seconds, "size": count * CHUNK, "memory": None, "network": 0, "answer": None}
 
 
 def log_to_server(folder, size, name):
@@ -200,16 +202,16 @@ def log_to_folder(folder, size, name):
 def log_model(experiment, size, name, where):
     import mlflow
 
-    from common import cost, model
+    from common import training
 
     mlflow.set_experiment(experiment)
     network = Layers.filled(size)
-    with mlflow.start_run(), cost.measured() as written:
+    with mlflow.start_run(), measured() as written:
         logged = mlflow.pytorch.log_model(
             network,
             name="model",
-            input_example=model.input_example(network.question()),
-            pip_requirements=model.pip_requirements(),
+            input_example=training.input_example(network.question()),
+            pip_requirements=training.pip_requirements(),
         )
         (file,) = where.glob(f"**/{logged.model_id}/artifacts/data/model.pt2")
         with file.open("rb") as stream:
@@ -221,12 +223,11 @@ def log_model(experiment, size, name, where):
 def write_once(folder, size, name):
     import mlflow
 
-    from common import cost
     from Modify_artifact_location import save_model_once
 
     mlflow.set_experiment(SHARED_EXPERIMENT)
     network = Layers.filled(size)
-    with mlflow.start_run(), cost.measured() as written:
+    with mlflow.start_run(), measured() as written:
         model_uri, file = save_model_once(network, network.question(), step=0)
     register(model_uri, name, file.tags)
     return written_result(written, file.path, network)
@@ -234,15 +235,15 @@ def write_once(folder, size, name):
 
 def write_weights(folder, size, name):
     """The part of it that grows with the model."""
-    from common import archive, cost
+    from common import storage
 
     network = Layers.filled(size)
-    file = folder / name / archive.MODEL_FILE
+    file = folder / name / storage.MODEL_FILE
     file.parent.mkdir(parents=True)
-    empty = torch.export.export(archive.without_weights(network), (torch.ones(2, network.width),))
+    empty = torch.export.export(storage.without_weights(network), (torch.ones(2, network.width),))
     torch.export.save(empty, file)
-    with cost.measured() as written, archive.weights_written(folder / name, network.state_dict()):
-        pass
+    with measured() as written:
+        storage.add_weights(file, network.state_dict())
     return written_result(written, file, network)
 
 
@@ -251,6 +252,7 @@ def written_result(written, file, network):
         "seconds": written.seconds,
         "size": file.stat().st_size,
         "memory": written.memory,
+        "network": written.network,
         "answer": network.answer(),
     }
 
@@ -276,44 +278,86 @@ def load_from_path(folder, size, path):
 
 
 def map_from_alias(folder, size, name):
-    from common import mapped
+    from common import storage
 
-    return load(lambda: mapped.load(lambda: Layers(size), weights_of(name)))
+    return load(lambda: storage.map_weights(lambda: Layers(size), weights_of(name)))
 
 
 def map_from_path(folder, size, path):
-    from common import mapped
+    from common import storage
 
-    return load(lambda: mapped.load(lambda: Layers(size), path))
+    return load(lambda: storage.map_weights(lambda: Layers(size), path))
 
 
 def weights_of(name):
-    from common import archive, model_file
+    from common import storage
 
-    return model_file.of_alias(name, "production", archive.MODEL_FILE).path
+    return storage.of_alias(name, "production").path
 
 
 def load(function):
-    from common import cost
-
     before = private_memory()
-    with cost.measured() as loaded:
+    with measured() as loaded:
         network = function()
     start = time.perf_counter()
     answer = Layers.answer(network)
     return {
         "seconds": loaded.seconds,
         "memory": loaded.memory,
+        "network": loaded.network,
         "answer": answer,
         "answered": time.perf_counter() - start,
         "private": max(0, private_memory() - before),
     }
 
 
+class Cost:
+    """Filled in when the block of `measured` ends; `memory` and `network` are bytes."""
+
+    seconds, memory, network = 0.0, 0, 0
+
+
+@contextlib.contextmanager
+def measured():
+    """Measure the block inside: yields a `Cost`. Linux tells the memory and the network.
+
+    Memory: by how much the process grew at its peak, mapped files included as far as they were
+    used. Network: what its TCP connections carried, to any host, but for one closed in the block.
+    """
+    cost = Cost()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    memory, network = resident("VmRSS:"), network_bytes()
+    start = time.perf_counter()
+    yield cost
+    cost.seconds = time.perf_counter() - start
+    cost.memory = max(0, resident("VmHWM:") - memory)
+    cost.network = sum(count - network.get(name, 0) for name, count in network_bytes().items())
+
+
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def network_bytes():
+    """{TCP connection: bytes that it has carried}; those that have closed are not among them."""
+    counts = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            link = os.readlink(f"/proc/self/fd/{name}")
+            if not link.startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+                counts[link] = sum(struct.unpack_from("QQ", info, TCP_INFO_BYTES))
+        except OSError:  # closed meanwhile, or no TCP connection
+            continue
+    return counts
+
+
 def private_memory():
     """Memory of this process alone: without files that are mapped."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    return resident("RssAnon:")
 
 
 WAYS = {
@@ -386,7 +430,8 @@ def in_a_process(way, folder, proxy, size, name):
             most = max(most, size_of(scratch))
         result = here.recv()
         process.join()
-    return result | {"scratch": most, "network": proxy.total - before}
+    # The proxy sees the tracking server alone, and the process all hosts, but no closed connection.
+    return result | {"scratch": most, "network": max(result["network"], proxy.total - before)}
 
 
 def contend(connection, way, arguments, address, scratch):
@@ -475,7 +520,7 @@ def wait_for(url):
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
             return
         time.sleep(0.2)
-    raise SystemExit(f"error: the MLflow server did not start: no answer from {url}.")
+    raise RuntimeError(f"the MLflow server did not start: no answer from {url}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Flags that every script shares, checks of their values, and the result line.
+"""Flags that several scripts share, checks of their values, the end of a script, the result line.
 
 Only the standard library is imported here, so `--help` and a mistyped flag answer at once.
 If you only want the result line for your own batch jobs, copy `print_result`.
@@ -9,6 +9,9 @@ import json
 import math
 import re
 import sys
+import traceback
+
+from common.errors import UserError
 
 DATASETS = ("mnist", "fashion_mnist", "digits")
 
@@ -24,6 +27,32 @@ def parser(doc):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def add_training_arguments(parser, default_name, alias):
+    """Add the flags of the two training scripts, which differ only in where the files go."""
+    shown = "(default: %(default)s)"
+    phases, devices = ("development", "tuning", "production"), ("auto", "cpu", "cuda", "xpu", "mps")
+    size = f"global batch size, over all processes {shown}"
+    where = f"where to train; auto: a GPU if there is one {shown}"
+    precision = f"arithmetic precision; auto: bf16 where it is faster {shown}"
+    register = f"register the model and point the alias {alias} at it (default: only track)"
+    name, seed = f"name in the registry {shown}", f"seed of weights and image order {shown}"
+
+    add = parser.add_argument
+    add("--batch_size", type=whole_number(1), default=64, help=size)
+    add("--epochs", type=whole_number(1), default=1, help=f"passes over the training set {shown}")
+    add("--lr", type=learning_rate, default=0.001, help=f"learning rate of Adam {shown}")
+    add(
+        "--phase", choices=phases, default=phases[0], help=f"value of the tag project.phase {shown}"
+    )
+    add("--register", action="store_true", help=register)
+    add("--note", default="", help="description shown on the run's page (default: none)")
+    add("--owner", help="value of the tag owner (default: your user name)")
+    add("--model_name", type=model_name, default=default_name, help=name)
+    add("--seed", type=whole_number(0), default=0, help=seed)
+    add("--device", choices=devices, default=devices[0], help=where)
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
 
 
 def add_server_arguments(parser, experiment=None):
@@ -53,17 +82,13 @@ def add_server_arguments(parser, experiment=None):
 
 def add_data_arguments(parser, dataset="mnist"):
     """Add `--dataset` and `--data_dir`. With `dataset=None` the run says what it was trained on."""
+    default = "%(default)s" if dataset else "the one that the run was trained on"
     group = parser.add_argument_group("data")
     group.add_argument(
         "--dataset",
         choices=DATASETS,
         default=dataset,
-        help="data set; digits needs no download "
-        + (
-            "(default: %(default)s)"
-            if dataset
-            else "(default: the one that the run was trained on)"
-        ),
+        help=f"data set; digits needs no download (default: {default})",
     )
     group.add_argument(
         "--data_dir",
@@ -71,36 +96,6 @@ def add_data_arguments(parser, dataset="mnist"):
         metavar="DIR",
         help="folder for the data set's files, downloaded if missing (default: %(default)s)",
     )
-
-
-def add_config_argument(parser):
-    """Add `--config`; `parse_with_config` reads the file."""
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML file of flags, such as `epochs: 5`; those typed here win (default: none)",
-    )
-
-
-def parse_with_config(parser, argv=None):
-    """Parse the flags; those in the YAML file of `--config` count as if typed before all others."""
-    args = parser.parse_args(argv)
-    if not args.config:
-        return args
-    import yaml  # 0.1 s, and not needed without a file
-
-    try:
-        with open(args.config, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"argument --config: {' '.join(str(error).split())}")
-    if not isinstance(settings, dict):
-        parser.error(f"argument --config: {args.config} must hold lines of the form `name: value`")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    if unknown := sorted(map(str, settings.keys() - known)):
-        parser.error(f"argument --config: {args.config} sets {', '.join(unknown)}: no such flag")
-    typed = sys.argv[1:] if argv is None else argv
-    return parser.parse_args([*(f"--{name}={value}" for name, value in settings.items()), *typed])
 
 
 def whole_number(minimum):
@@ -131,17 +126,6 @@ def learning_rate(text):
     return value
 
 
-def fraction(text):
-    """Argument type: a number from 0 to below 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:  # false for nan
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, not {text!r}")
-    return value
-
-
 def not_empty(text):
     """Argument type: any text but an empty one, which a job file makes of an unset variable."""
     if not text.strip():
@@ -169,6 +153,16 @@ def alias(text):
     return text
 
 
+def run(main):
+    """Run a script's `main`. An error that the user can fix is two lines and an exit code.
+
+    So is the failure of a server, whatever MLflow made of it. Any other error keeps its traceback;
+    secrets in it are struck out.
+    """
+    sys.excepthook = print_and_exit
+    main()
+
+
 def print_result(**values):
     """Print one JSON object as the last line of stdout: what the next step of a job needs.
 
@@ -178,3 +172,20 @@ def print_result(**values):
         if isinstance(value, float) and not math.isfinite(value):
             values[name] = None
     print(json.dumps(values), flush=True)
+
+
+def print_and_exit(kind, error, trace):
+    """The hook that `run` sets: print what ended the script, and exit if it is a UserError."""
+    if issubclass(kind, KeyboardInterrupt):  # Python exits as a shell expects of Ctrl-C
+        print("error: stopped by Ctrl-C.", file=sys.stderr, flush=True)
+        return
+    failure, text = error, "".join(traceback.format_exception(kind, error, trace))
+    if "mlflow" in sys.modules:  # else there has been no server to fail, and no secret to hide
+        from common import connection
+
+        failure, text = connection.diagnose(error) or error, connection.without_secrets(text)
+    if not isinstance(failure, UserError):
+        print(text, end="", file=sys.stderr, flush=True)
+        return
+    print(failure, file=sys.stderr, flush=True)
+    raise SystemExit(failure.code)  # Python takes the exit code from here, too

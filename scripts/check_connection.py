@@ -16,7 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/
 
 from common import cli
 
-# Exit codes of what only this script finds out; all others are those of common/failures.py.
+# Exit codes, finer than those of the other scripts. Of the failures that `connection.diagnose`
+# tells apart (1 if it has a new one, which the tests would say):
+CODES = {
+    **{"proxy": 12, "name": 13, "no_server": 14, "tls": 15, "timeout": 16, "dropped": 17},
+    **{"redirect": 18, "web_page": 19, "unauthenticated": 20, "forbidden": 21, "no_mlflow": 22},
+    **{"no_web_server": 22, "too_many_requests": 23, "server_error": 24, "refused": 24},
+    **{"unavailable": 25, "too_large": 26, "object_store": 27},
+}
+# And of what only this script finds out:
 ADDRESS = 10
 CREDENTIAL = 11
 CLOCK = 28
@@ -50,9 +58,8 @@ def main(argv=None):
     import requests
     from mlflow.exceptions import MlflowException
 
-    from common import failures
+    from common.errors import UserError
 
-    failures.explain()
     received = []
 
     def stop(number, frame):
@@ -67,12 +74,12 @@ def main(argv=None):
         signal.signal(number, stop)
     # (name, step, exit code if the step itself is what fails, whether the rest depends on it)
     steps = (
-        ("address", address, ADDRESS, True),
+        ("address", server, ADDRESS, True),
         ("credential", credential, CREDENTIAL, True),
-        ("CA bundle", ca_bundle, failures.TLS, True),
+        ("CA bundle", ca_bundle, CODES["tls"], True),
         ("proxy", proxy, None, False),
         ("DNS", addresses, None, False),
-        ("TCP", connection, None, False),
+        ("TCP", tcp, None, False),
         ("TLS", certificate, None, False),
         ("access", first_request, None, True),
         ("round trip", round_trip, None, False),
@@ -81,7 +88,7 @@ def main(argv=None):
         ("run", new_run, RUN, True),
         ("artifact", artifact, ARTIFACT, True),
         ("body limit", body_limit, ARTIFACT, False),
-        ("multipart", multipart, failures.OBJECT_STORE, False),
+        ("multipart", multipart, CODES["object_store"], False),
         ("registry", registry, REGISTRY, False),
     )
     findings, failed = {}, []
@@ -91,7 +98,7 @@ def main(argv=None):
         failure = None
         try:
             finding = step(check)
-        except (MlflowException, requests.RequestException, OSError, SystemExit) as error:
+        except (MlflowException, requests.RequestException, OSError, UserError) as error:
             failure = as_failure(error, code)
             failed.append(failure)
             finding = f"FAILED, exit code {failure.code}"
@@ -115,42 +122,43 @@ def main(argv=None):
     if received:
         sys.exit(128 + received[0])
     code = failed[0].code if failed else 0
-    cli.print_result(**findings, failures=[failure.what for failure in failed], exit_code=code)
+    said = [failure.what.rstrip(".") for failure in failed]
+    cli.print_result(**findings, failures=said, exit_code=code)
     sys.exit(code)
 
 
 def as_failure(error, code):
-    """Return the `Failure` that `error` is: the way there, or else the step with its `code`."""
-    from common import failures
+    """Return what `error` is, with its exit code: of the way there, or the step's own, `code`."""
+    from common import connection
+    from common.errors import UserError
 
-    if isinstance(error, SystemExit):
-        if not isinstance(error.code, str):  # by a signal
-            raise error
-        what, _, advice = error.code.partition("\nhint:  ")
-        return failures.Failure(code, what.removeprefix("error: ").removesuffix("."), advice)
-    failure = failures.diagnose(error)
-    if failure is None:
-        text = failures.without_secrets(" ".join(str(error).split()))[:300].rstrip(".")
-        return failures.Failure(code or 1, text, "show this to those who run the server.")
-    # Whoever got this far is known to the server, and not allowed, or not offered, this one thing.
-    if code and failure.code in (failures.FORBIDDEN, failures.NO_MLFLOW):
-        offered = failure.code == failures.FORBIDDEN
-        what = failure.what if offered else f"the server does not offer this: {error}"
-        return failure._replace(code=code, what=failures.without_secrets(what)[:300].rstrip("."))
-    return failure
+    failure = connection.diagnose(error)
+    kind = getattr(failure, "kind", None)
+    said = connection.without_secrets(" ".join(str(error).split()))
+    if failure is None or (kind == "refused" and code):
+        what, hint = said, "show this to those who run the server."
+    # Whoever got this far is known to the server, and not offered this one thing.
+    elif kind == "no_mlflow" and code:
+        what, hint = f"the server does not offer this: {said}", failure.hint
+    elif kind == "forbidden" and code:  # nor, perhaps, allowed to do it
+        return UserError(failure.what, failure.hint, code)
+    else:
+        return UserError(failure.what, failure.hint, CODES.get(kind, code or 1))
+    return UserError(f"{what[:300].rstrip('.')}.", hint, code or 1)
 
 
 # What would be used, and where it comes from. Nothing is sent yet.
 
 
-def address(check):
-    from common import tracking
+def server(check):
+    from common import connection
+    from common.errors import UserError
 
-    check.uri, reason = tracking.address(check.args.tracking_uri)
+    check.uri, reason = connection.address(check.args.tracking_uri)
     if not check.uri.startswith("http"):
-        raise SystemExit(
-            f"error: there is no server to check: the tracking address is a database ({reason}).\n"
-            "hint:  give --tracking_uri, or export MLFLOW_TRACKING_URI or AM_SC_API_KEY."
+        raise UserError(
+            f"there is no server to check: the tracking address is a database ({reason}).",
+            "give --tracking_uri, or export MLFLOW_TRACKING_URI or AM_SC_API_KEY.",
         )
     return f"{check.uri}  ({reason})"
 
@@ -158,11 +166,11 @@ def address(check):
 def credential(check):
     import mlflow
 
-    from common import credentials, tracking
+    from common import connection
 
-    credentials.send_api_key()
+    connection.settle()
     mlflow.set_tracking_uri(check.uri)
-    return tracking.credential()
+    return connection.credential()
 
 
 def ca_bundle(check):
@@ -171,10 +179,9 @@ def ca_bundle(check):
     import mlflow
     import requests
 
-    from common import tracking
+    from common import connection
 
-    tracking.settle()
-    tracking.trust(check.args.ca_bundle)
+    connection.trust(check.args.ca_bundle)
     if mlflow.environment_variables.MLFLOW_TRACKING_INSECURE_TLS.get():
         check.ca_bundle = requests.certs.where()
         return "not used: TLS is not verified"
@@ -191,14 +198,17 @@ def ca_bundle(check):
 
 
 def proxy(check):
-    from common import probes
+    import probes
+
+    from common import connection
 
     names = ", ".join(probes.proxy_variables()) or "no variable"
-    return f"{probes.proxy(check.uri) or 'none for this address'}  (set: {names})"
+    through = connection.printable(connection.proxy_of(check.uri) or "none for this address")
+    return f"{through}  (set: {names})"
 
 
 def addresses(check):
-    from common import probes
+    import probes
 
     host, _ = probes.first_hop(check.uri)
     check.reachable = False
@@ -210,15 +220,15 @@ def addresses(check):
     return f"{host} is {', '.join(found)}"
 
 
-def connection(check):
-    from common import probes
+def tcp(check):
+    import probes
 
     host, port = probes.first_hop(check.uri)
     if not check.reachable:
         return "not tried"
     check.reachable = False
     try:
-        seconds = probes.connection(host, port)
+        seconds = probes.tcp(host, port)
     except OSError as error:
         return f"{host} port {port}: {error.strerror or error}"
     check.reachable = True
@@ -226,7 +236,7 @@ def connection(check):
 
 
 def certificate(check):
-    from common import probes
+    import probes
 
     if check.uri.startswith("http://"):
         return "none: plain http"
@@ -254,52 +264,52 @@ def certificate(check):
 def first_request(check):
     import os
 
-    from common import tracking
+    from common import connection
 
-    tracking.ask_server()
+    connection.ask_server()
     # Patience is short from here on, too.
-    os.environ.update(tracking.FIRST_REQUESTS | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
+    os.environ.update(connection.FIRST_REQUESTS | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
     return "granted"
 
 
 def round_trip(check):
-    from common import probes
+    import probes
 
     seconds, check.lead = probes.answers(check.uri)
     return f"{1000 * seconds:.0f} ms, median of 5"
 
 
 def clock(check):
+    from common.errors import UserError
+
     lead = getattr(check, "lead", None)
     if lead is None:
         return "the server does not tell its time"
     if abs(lead) > CLOCK_TOLERANCE:
-        raise SystemExit(
-            f"error: this machine's clock and the server's differ by {abs(lead):.0f} s.\n"
-            "hint:  have the clock set that is wrong; object stores refuse uploads otherwise."
+        raise UserError(
+            f"this machine's clock and the server's differ by {abs(lead):.0f} s.",
+            "have the clock set that is wrong; object stores refuse uploads otherwise.",
         )
     return f"the server's is {lead:+.1f} s off this machine's, to within 1 s"
 
 
 def versions(check):
     import mlflow
-
-    from common import probes
+    import probes
 
     server = probes.server_version(check.uri) or "of unknown version"
     return f"server MLflow {server}, client {mlflow.__version__}"
 
 
 def new_run(check):
-    from common import probes, tracking
+    import probes
 
     check.run = probes.new_run(check.name, check.cleanup)
-    tracking.check_artifact_location(check.run.info.artifact_uri)
     return f"experiment {check.name}, run and metric written"
 
 
 def artifact(check):
-    from common import probes
+    import probes
 
     probes.artifact(check.run, check.cleanup)
     check.proxied = check.run.info.artifact_uri.startswith("mlflow-artifacts:")
@@ -308,7 +318,7 @@ def artifact(check):
 
 
 def body_limit(check):
-    from common import probes
+    import probes
 
     if not check.proxied:
         return "does not matter: files do not go through the server"
@@ -318,7 +328,7 @@ def body_limit(check):
 
 
 def multipart(check):
-    from common import probes
+    import probes
 
     if not check.proxied:
         return "does not matter: files do not go through the server"
@@ -327,7 +337,7 @@ def multipart(check):
 
 
 def registry(check):
-    from common import probes
+    import probes
 
     probes.registered_model(check.name, check.run, check.cleanup)
     return "model, version and alias written"
@@ -339,4 +349,4 @@ def clean_up(check):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""Show what is in a model, and whether anything in it would run when it is loaded; load nothing.
+"""Show what is in a model, and whether anything in it would run if it were loaded; load nothing.
 
     python scripts/check_model.py models:/MNIST_CNN@production
     python scripts/check_model.py <folder of a model>
@@ -6,6 +6,7 @@
 For models that other people have made, before `mlflow models serve`, `mlflow.pyfunc.load_model` or
 a program of your own loads them. You will see the model's flavors and files, one line with the
 verdict, and a JSON object as the last line. The exit code is 0 if nothing in it would run, else 1.
+Needs common/cli.py and the rooms connection and storage of common/.
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
+from common.errors import UserError
 
 
 def build_parser():
@@ -34,39 +36,37 @@ def main(argv=None):
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    from common import credentials, failures, inspection, tracking
+    from common import connection, storage
 
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
     with tempfile.TemporaryDirectory() as parent:
         if Path(args.model).is_dir():
             folder = Path(args.model)
         else:
-            credentials.send_api_key()  # with every request to it, and with no other
-            tracking.connect(args.tracking_uri, args.ca_bundle)
+            connection.connect(args.tracking_uri, args.ca_bundle)
             try:
                 # download_artifacts: all files of the model, into a folder that is removed again.
                 folder = Path(mlflow.artifacts.download_artifacts(args.model, dst_path=parent))
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
-                raise SystemExit(
-                    f"error: there is no model {args.model}: {error.message}\n"
-                    "hint:  scripts/load_and_use_models.py list shows the registered models."
+                raise UserError(
+                    f"there is no model {args.model}: {error.message}",
+                    "scripts/load_and_use_models.py list shows the registered models.",
                 ) from error
         if not (folder / "MLmodel").exists():
-            raise SystemExit(
-                f"error: {args.model} is no model: there is no file MLmodel in it.\n"
-                "hint:  give the folder that MLmodel lies in, or an address such as models:/NAME/1."
+            raise UserError(
+                f"{args.model} is no model: there is no file MLmodel in it.",
+                "give the folder that MLmodel lies in, or an address such as models:/NAME/1.",
             )
         files = sorted(path for path in folder.rglob("*") if not path.is_dir())
         for path in files:
             name = str(path.relative_to(folder))
-            shown = name if name.isprintable() else ascii(name)  # no escape codes of the author's
+            shown = name if name.isprintable() else ascii(name)  # without escape codes
             print(f"file     {shown}  {path.lstat().st_size} bytes", flush=True)
-        inspection.check(folder, args.model)
+        storage.check_model(folder, args.model)
     print(f"safe     {args.model}  nothing in it runs when it is loaded", flush=True)
     cli.print_result(model=args.model, files=len(files), runs_code=False)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

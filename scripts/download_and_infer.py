@@ -1,11 +1,12 @@
-"""Find a run by its experiment, download its checkpoint, and infer a few pictures (guide 3).
+"""Find a run by its experiment, download its checkpoint, and predict a few images (guide 3).
 
     python scripts/download_and_infer.py
     python scripts/download_and_infer.py --run_id <RUN_ID> --seed 1
 
 Without --run_id it takes the experiment's latest run. You will see which run that is, where the
-checkpoint lies, five random pictures of the test set, true against predicted, and a JSON object as
-the last line. Nothing is changed on the server.
+checkpoint lies, the true and the predicted label of five random test images, and a JSON object as
+the last line. Nothing is changed on the server. Needs common/cli.py, the rooms connection, runs,
+storage and training of common/, and scripts/latest.py and networks.py.
 """
 
 import sys
@@ -14,9 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
+from common.errors import UserError
 
 EXPERIMENT = "MNIST_experiment"  # where train_simple_mnist.py logs
-SAMPLES = 5  # pictures that are shown
+SAMPLES = 5  # images that are shown
 
 
 def build_parser():
@@ -31,7 +33,7 @@ def build_parser():
         help="keep the checkpoint in this folder (default: a temporary one)",
     )
     parser.add_argument(
-        "--seed", type=cli.whole_number(0), help="seed of the choice of pictures (default: random)"
+        "--seed", type=cli.whole_number(0), help="seed of the choice of images (default: random)"
     )
     cli.add_data_arguments(parser, dataset=None)
     cli.add_server_arguments(parser, EXPERIMENT)
@@ -48,40 +50,28 @@ def main(argv=None):
 
     import mlflow
 
-    from common import (
-        credentials,
-        data,
-        failures,
-        model,
-        predictions,
-        runs,
-        tracking,
-        training,
-        weights,
-    )
+    from common import connection, runs, storage, training
+    from scripts import latest, networks
 
-    sys.stdout.reconfigure(errors="replace")  # a terminal without the guide's dash shows "?"
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks the guide's dash shows "?"
 
     # 1. Connect, and find the run.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle)
     if args.run_id:
         run = runs.existing_run(args.run_id)
     else:
-        run = runs.latest_run(args.experiment)
+        run = latest.latest_run(args.experiment)
         experiment_id = run.info.experiment_id
-        print(f"Found experiment '{args.experiment}' with ID: {experiment_id}")
+        print(f"Found experiment '{args.experiment}' with ID: {experiment_id}", flush=True)
     run_id = run.info.run_id
     print(f"Using run_id: {run_id}", flush=True)
-    tracking.check_artifact_location(run.info.artifact_uri)
-    test = data.load(predictions.recorded_dataset(run, args.dataset), args.data_dir, train=False)
+    test = training.load_data(runs.recorded_dataset(run, args.dataset), args.data_dir, train=False)
 
     # 2. Download the checkpoint, and load it without running any code from it.
     if "model.pth" not in [file.path for file in mlflow.MlflowClient().list_artifacts(run_id)]:
-        raise SystemExit(
-            f"error: the run {run_id} has no model.pth.\n"
-            "hint:  give the id of a run of train_simple_mnist.py that finished."
+        raise UserError(
+            f"the run {run_id} has no model.pth.",
+            "give the id of a run of train_simple_mnist.py that finished.",
         )
     with contextlib.ExitStack() as stack:
         folder = args.download_dir or stack.enter_context(tempfile.TemporaryDirectory())
@@ -91,8 +81,8 @@ def main(argv=None):
         )
         kept = "" if args.download_dir else "  (until the end; --download_dir keeps it)"
         print(f"Checkpoint downloaded to: {path}{kept}", flush=True)
-        network = model.SimpleMNIST().eval()
-        weights.load(network, path)
+        network = networks.SimpleMNIST().eval()
+        storage.load_weights(network, path)
 
     # 3. Infer.
     indices = random.Random(args.seed).sample(range(len(test.labels)), SAMPLES)
@@ -110,4 +100,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

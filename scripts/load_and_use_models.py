@@ -10,7 +10,8 @@
 You will see what is asked for, and a JSON object as the last line. MLflow has replaced stages by
 aliases: `transition` sets both, the alias being the stage in lower case, and every line that shows
 a stage shows the alias. In the MLflow UI both stand beside the version, under "Models". Each
-command takes --tracking_uri and --ca_bundle; COMMAND --help shows all.
+command takes --tracking_uri and --ca_bundle; COMMAND --help shows all flags. Needs common/cli.py
+and the rooms connection, runs, storage and training of common/.
 """
 
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
+from common.errors import UserError
 
 STAGES = ("None", "Staging", "Production", "Archived")
 
@@ -35,7 +37,7 @@ def build_parser():
     def load(name, text):
         one = command(name, text)
         one.add_argument(
-            "--predict", action="store_true", help="predict the test set (default: only load)"
+            "--predict", action="store_true", help="predict the test images (default: only load)"
         )
         cli.add_data_arguments(one, dataset=None)
         return one
@@ -62,11 +64,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
-    from common import credentials, failures, tracking
+    from common import connection
 
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle)
     command = {
         "list": list_models,
         "from-run": load_from_run,
@@ -80,19 +80,19 @@ def main(argv=None):
 def list_models(args):
     import mlflow
 
-    print("Registered Models in MLflow Model Registry")
+    print("Registered Models in MLflow Model Registry", flush=True)
     print("=" * 45)
     # search_registered_models: what stands under "Models" in the UI, page by page.
     models = mlflow.search_registered_models()
     for model in models:
         latest = list(versions_of(model.name).values())[-1:]
-        print(f"\nModel: {model.name}")
+        print(f"\nModel: {model.name}", flush=True)
         description = model.description or (latest[0].description if latest else "")
-        print(f"   Description: {description or '-'}")
-        print(f"   Latest Version: {latest[0].version if latest else '-'}")
-        print(f"   Latest Stage: {stage_of(latest[0]) if latest else '-'}")
+        print(f"   Description: {description or '-'}", flush=True)
+        print(f"   Latest Version: {latest[0].version if latest else '-'}", flush=True)
+        print(f"   Latest Stage: {stage_of(latest[0]) if latest else '-'}", flush=True)
         aliases = [f"@{alias} is version {version}" for alias, version in model.aliases.items()]
-        print(f"   Aliases: {', '.join(aliases) or '-'}")
+        print(f"   Aliases: {', '.join(aliases) or '-'}", flush=True)
     return {"models": [model.name for model in models]}
 
 
@@ -103,15 +103,15 @@ def list_versions(args):
     # get_registered_model: the aliases stand with the model, not with its versions.
     aliases = mlflow.MlflowClient().get_registered_model(args.model_name).aliases
     title = f"Versions of Model: {args.model_name}"
-    print(f"{title}\n{'=' * len(title)}")
+    print(f"{title}\n{'=' * len(title)}", flush=True)
     for number, version in versions.items():
         names = [f"@{name}" for name, target in aliases.items() if str(target) == number]
-        print(f"\nVersion {number}:")
-        print(f"  Stage: {stage_of(version)}")
-        print(f"  Aliases: {', '.join(names) or '-'}")
-        print(f"  Status: {version.status}")
-        print(f"  Description: {version.description or '-'}")
-        print(f"  Run ID: {version.run_id or '-'}")
+        print(f"\nVersion {number}:", flush=True)
+        print(f"  Stage: {stage_of(version)}", flush=True)
+        print(f"  Aliases: {', '.join(names) or '-'}", flush=True)
+        print(f"  Status: {version.status}", flush=True)
+        print(f"  Description: {version.description or '-'}", flush=True)
+        print(f"  Run ID: {version.run_id or '-'}", flush=True)
     return {
         "model_name": args.model_name,
         "versions": list(versions),
@@ -120,17 +120,16 @@ def list_versions(args):
 
 
 def load_from_run(args):
-    from common import runs, tracking
+    from common import runs
 
     run = runs.existing_run(args.run_id)
-    tracking.check_artifact_location(run.info.artifact_uri)
     return load(args, runs.model_uri(run, name=None), run)
 
 
 def load_from_registry(args):
     import mlflow
 
-    from common import runs, tracking
+    from common import runs
 
     name, client = args.model_name, mlflow.MlflowClient()
     versions = versions_of(name)
@@ -154,9 +153,7 @@ def load_from_registry(args):
         uri = f"models:/{name}/latest"
     number = numbers[-1] if numbers else None
     version = version_of(versions, number, uri)
-    print(f"version  {name} version {number}  run {version.run_id or '-'}", flush=True)
-    # get_model_version_download_uri: where the files of a version lie.
-    tracking.check_artifact_location(client.get_model_version_download_uri(name, number))
+    print(f"model    {name} version {number}  run {version.run_id or '-'}", flush=True)
     run = runs.existing_run(version.run_id) if version.run_id else None
     return load(args, uri, run) | {"model_name": name, "model_version": number}
 
@@ -172,10 +169,10 @@ def transition(args):
     # A later MLflow will have no stages; the alias then does all the work.
     if hasattr(client, "transition_model_version_stage"):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # it is said below
+            warnings.simplefilter("ignore", FutureWarning)  # the line `note` says it
             # transition_model_version_stage: the word in the column "Stage" of the model's page.
             client.transition_model_version_stage(name, number, args.stage)
-        print(f"stage    {name} version {number}: {stage_of(version)} -> {args.stage}")
+        print(f"stage    {name} version {number}: {stage_of(version)} -> {args.stage}", flush=True)
 
     # An alias points at one version: this one, if the stage is one that programs load from.
     aliases = client.get_registered_model(name).aliases
@@ -183,11 +180,11 @@ def transition(args):
         if str(aliases.get(other)) == number:
             # delete_registered_model_alias: the version has left that stage.
             client.delete_registered_model_alias(name, other)
-            print(f"alias    models:/{name}@{other} is removed from version {number}")
+            print(f"alias    models:/{name}@{other} is removed from version {number}", flush=True)
     if alias in ("staging", "production"):
         # set_registered_model_alias: models:/NAME@production now means this version, for everyone.
         client.set_registered_model_alias(name, alias, number)
-        print(f"alias    models:/{name}@{alias} is version {number}")
+        print(f"alias    models:/{name}@{alias} is version {number}", flush=True)
     print("note     stages are deprecated in MLflow; aliases replace them", flush=True)
     aliases = client.get_registered_model(name).aliases
     return {
@@ -202,20 +199,22 @@ def load(args, uri, run):
     """Load the model at `uri`, which `run` logged, and try it on request."""
     import mlflow
 
-    from common import data, inspection, predictions, training
+    from common import runs, storage, training
 
-    with inspection.checked_copy(uri) as folder:  # nothing that its author put there runs
-        # load_model: the network, ready to be called, without the code that made it.
+    with storage.checked_copy(uri) as folder:  # checked: nothing in it runs
+        # load_model: the network, ready to be called, without the code that defined it.
         network = mlflow.pytorch.load_model(folder)
     count = sum(parameter.numel() for parameter in network.parameters())
     print(f"loaded   {uri}  {count} parameters", flush=True)
     result = {"run_id": run.info.run_id if run else None, "model_uri": uri, "parameters": count}
     if not args.predict:
         return result
-    dataset = predictions.recorded_dataset(run, args.dataset) if run else args.dataset
-    test = data.load(dataset or "mnist", args.data_dir, train=False)
+    dataset = runs.recorded_dataset(run, args.dataset) if run else args.dataset
+    test = training.load_data(dataset or "mnist", args.data_dir, train=False)
     scores = training.evaluate(network, test.images, test.labels)
-    predictions.report(test, scores, uri)
+    runs.print_samples(test, scores.predictions)
+    accuracy, count = scores.accuracy, len(test.labels)
+    print(f"score    {uri}  test_accuracy {accuracy:.4f} on {count} images", flush=True)
     return result | {"test_accuracy": scores.accuracy}
 
 
@@ -225,19 +224,19 @@ def versions_of(name):
 
     found = mlflow.search_model_versions(filter_string=f"name = '{name}'")
     if not found and name not in [model.name for model in mlflow.search_registered_models()]:
-        raise SystemExit(
-            f"error: there is no registered model {name!r} on the tracking server named above.\n"
-            "hint:  scripts/load_and_use_models.py list shows those that there are."
+        raise UserError(
+            f"there is no registered model {name!r} on the tracking server named above.",
+            "scripts/load_and_use_models.py list shows those that there are.",
         )
     return {str(v.version): v for v in sorted(found, key=lambda version: int(version.version))}
 
 
 def version_of(versions, number, uri):
-    """Return that one of the versions, or raise SystemExit."""
+    """Return the version of this number; raise UserError if there is none."""
     if number not in versions:
-        raise SystemExit(
-            f"error: {uri} is no version of the model; it has {', '.join(versions) or 'none'}.\n"
-            "hint:  scripts/load_and_use_models.py versions NAME shows stages and aliases, too."
+        raise UserError(
+            f"{uri} is no version of the model; it has {', '.join(versions) or 'none'}.",
+            "scripts/load_and_use_models.py versions NAME shows stages and aliases, too.",
         )
     return versions[number]
 
@@ -248,4 +247,4 @@ def stage_of(version):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

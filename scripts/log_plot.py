@@ -1,4 +1,4 @@
-"""Draw the loss curves of runs from what the server has, and attach the picture to them (guide 5).
+"""Draw the loss curves that the server has of some runs, and attach the image to them (guide 5).
 
     python scripts/log_plot.py
     python scripts/log_plot.py --run_id <RUN_ID>
@@ -7,7 +7,8 @@
 Without --run_id it takes the latest run of "Image classification", or the study, if that run is one
 of its trials. Of a study (a parent run of tune_fashion_mnist.py) it draws the children.
 You will see how many points each curve has, and a JSON object as the last line. In the MLflow UI
-the picture stands in the tab "Artifacts" of each run that was named, under plots/.
+the image stands in the tab "Artifacts" of each run that was named, under plots/. Needs
+common/cli.py, the rooms connection and runs of common/, and scripts/figures.py and latest.py.
 """
 
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
+from common.errors import UserError
 
 EXPERIMENT = "Image classification"  # where train_fashion_mnist.py logs
 METRICS = ("train_loss", "val_loss")
@@ -28,7 +30,7 @@ def build_parser():
         nargs="+",
         type=cli.not_empty,
         metavar="ID",
-        help="the runs to draw, in one picture (default: the experiment's latest)",
+        help="the runs to draw, in one image (default: the experiment's latest)",
     )
     parser.add_argument(
         "--metrics",
@@ -50,18 +52,16 @@ def main(argv=None):
 
     import mlflow
 
-    from common import credentials, failures, plots, runs, tracking
+    from common import connection, runs
+    from scripts import figures, latest
 
     # 1. Connect, and find the runs; of a parent run, its children.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle)
     if args.run_id:
         named = [runs.existing_run(run_id) for run_id in dict.fromkeys(args.run_id)]
     else:
-        named = [runs.latest_run(args.experiment)]
+        named = [latest.latest_run(args.experiment)]
     for run in named:
-        tracking.check_artifact_location(run.info.artifact_uri)
         print(f"run      {run.info.run_id}  {run.info.run_name}", flush=True)
     found = [one for run in named for one in [run, *children(run)]]
     drawn = list({run.info.run_id: run for run in found}.values())  # each once
@@ -82,10 +82,10 @@ def main(argv=None):
             curves[label] = sorted((point.step, point.value) for point in history)
             print(f"curve    {label}  {len(history)} points", flush=True)
     if not curves:
-        raise SystemExit(
-            f"error: none of these runs has a metric {' or '.join(args.metrics)}.\n"
-            "hint:  give the id of a run that has trained for an epoch, or other --metrics; the "
-            "run's page lists those it has."
+        raise UserError(
+            f"none of these runs has a metric {' or '.join(args.metrics)}.",
+            "give the id of a run that has trained for an epoch, or other --metrics; the "
+            "run's page lists those it has.",
         )
 
     # 3. Draw, and attach to each run. log_figure with a run's id needs no run to be open.
@@ -95,7 +95,7 @@ def main(argv=None):
     title = names if len(named) < 4 else f"{len(drawn)} runs"
     name = "loss_curves" if set(args.metrics) == set(METRICS) else "_".join(args.metrics)
     path = f"plots/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png"
-    figure = plots.curves_figure(curves, title, ylabel)
+    figure = figures.curves_figure(curves, title, ylabel)
     for run in named:
         client.log_figure(run.info.run_id, figure, path)
         print(f"plot     {path}  {runs.run_address(run)}", flush=True)
@@ -115,4 +115,4 @@ def children(run):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

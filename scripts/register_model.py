@@ -6,7 +6,8 @@
 Without --run_id it takes the latest run of RandomForest_Training. You will see the run, the model
 and its new version, and a JSON object as the last line. In the MLflow UI the version stands under
 "Models", linked to its run. (register_and_inference.py is the careful way for the networks of this
-project: it checks the model on the test set first, and moves an alias.)
+project: it checks the model on the test set first, and moves an alias.) Needs common/cli.py, the
+rooms connection and runs of common/, and scripts/latest.py.
 """
 
 import sys
@@ -41,22 +42,18 @@ def main(argv=None):
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import mlflow
 
-    from common import credentials, failures, provenance, runs, tracking
+    from common import connection, runs
+    from scripts import latest
 
     # 1. Connect, and find the run and its model.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle)
-    run_id = args.run_id or runs.latest_run(args.experiment).info.run_id
+    connection.connect(args.tracking_uri, args.ca_bundle)
+    run_id = args.run_id or latest.latest_run(args.experiment).info.run_id
     run = runs.finished_run(run_id)
-    tracking.check_artifact_location(run.info.artifact_uri)
     model_uri = runs.model_uri(run, name=None)
     print(f"run      {run_id}  {run.info.run_name}  {model_uri}", flush=True)
 
     # 2. Register. register_model: makes the name if it does not exist, and adds a version to it.
-    version = mlflow.register_model(
-        model_uri, args.model_name, tags={"registered_by": provenance.user()}
-    )
+    version = mlflow.register_model(model_uri, args.model_name, tags={"registered_by": runs.user()})
     print(f"model    {args.model_name} version {version.version}", flush=True)
     cli.print_result(
         run_id=run_id,
@@ -67,4 +64,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,12 +1,13 @@
-"""Ask a model that `mlflow models serve` serves: rows of a table, or pictures (guide 4).
+"""Ask a served model (`mlflow models serve`) to predict rows of a table, or images (guide 4).
 
     python scripts/score_rest.py
     python scripts/score_rest.py --data "[[5.1, 3.5, 1.4, 0.2], [6.7, 3.0, 5.2, 2.3]]"
-    python scripts/score_rest.py --pictures 5 --dataset digits --url http://127.0.0.1:5001
+    python scripts/score_rest.py --images 5 --dataset digits --url http://127.0.0.1:5001
 
-Before, in another terminal: mlflow models serve -m "models:/New Registered Model/1" --env-manager
-local --port 1234. You will see one line a row or picture with the prediction, and a JSON object as
-the last line. No tracking server is asked, so there is no --tracking_uri, and no key is sent.
+First, in another terminal: mlflow models serve -m "models:/New Registered Model/1" --env-manager
+local --port 1234. You will see one line per row or image with the prediction, and a JSON object as
+the last line. No tracking server is asked, so there is no --tracking_uri, and no key is sent. Needs
+common/cli.py, and for images the room training of common/.
 """
 
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
+from common.errors import UserError
 
 URL = "http://127.0.0.1:1234"  # the guide's port; /invocations is added if it is missing
 COLUMNS = ("sepal_length", "sepal_width", "petal_length", "petal_width")
@@ -35,10 +37,10 @@ def build_parser():
     )
     parser.add_argument("--data", default=ROWS, help="rows, as JSON (default: %(default)s)")
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=cli.whole_number(1),
         metavar="N",
-        help="send the first N pictures of the test set in place of rows (default: rows)",
+        help="send the first N images of the test set in place of rows (default: rows)",
     )
     cli.add_data_arguments(parser)
     return parser
@@ -53,13 +55,13 @@ def main(argv=None):
 
     # 1. The payload, in one of the forms that MLflow takes today.
     truth = None
-    if args.pictures:
-        from common import data
+    if args.images:
+        from common import training
 
-        test = data.load(args.dataset, args.data_dir, train=False)
-        # Pixels in [0, 1], nothing else: the model normalises by itself.
-        pixels = test.images[: args.pictures].float() / 255
-        truth = test.labels[: args.pictures].tolist()
+        test = training.load_data(args.dataset, args.data_dir, train=False)
+        # Pixels in [0, 1] and no more: the model normalises them itself.
+        pixels = test.images[: args.images].float() / 255
+        truth = test.labels[: args.images].tolist()
         payload = {"inputs": pixels.tolist()}
     else:
         # Column names and rows. Bare `columns` and `data`, as MLflow 1 took them, are refused.
@@ -69,19 +71,19 @@ def main(argv=None):
     url = args.url.rstrip("/").removesuffix("/invocations") + "/invocations"
     answers = ask(url, payload)
 
-    # 3. Say what it said. A network answers with a number a class: the largest one counts.
+    # 3. Print the answers. A network returns one logit per class; the largest is the prediction.
     if truth:
         answers = [row.index(max(row)) for row in answers]
         for i, (true, predicted) in enumerate(zip(truth, answers, strict=True)):
-            print(f"sample   {i}  true {true}  predicted {predicted}")
+            print(f"sample   {i}  true {true}  predicted {predicted}", flush=True)
     else:
         for row, predicted in zip(rows, answers, strict=True):
-            print(f"row      {row}  predicted {predicted}")
+            print(f"row      {row}  predicted {predicted}", flush=True)
     cli.print_result(url=url, predictions=answers)
 
 
 def rows_in(text, width):
-    """Return the rows in a JSON text, or None if it holds none of that width."""
+    """Return the rows in a JSON text, or None if it is no list of rows of that many values."""
     import json
 
     try:
@@ -93,42 +95,42 @@ def rows_in(text, width):
 
 
 def ask(url, payload):
-    """Post the payload, and return the predictions; or raise SystemExit with what went wrong."""
+    """Post the payload, and return the predictions; or raise UserError with what went wrong."""
     import re
     from urllib.parse import urlsplit
 
     import requests
 
     session = requests.Session()
-    # The proxy of a compute node is not asked for this machine itself.
+    # A compute node's proxy cannot reach a server on this machine, so loopback goes without it.
     session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
     try:
         response = session.post(url, json=payload, timeout=(10, 120))
     except (requests.RequestException, ValueError) as error:
         found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
         reason = found[1] if found else str(error)[:200]
-        raise SystemExit(
-            f"error: no served model answers at {url}: {reason}\n"
-            'hint:  mlflow models serve -m "models:/NAME/1" --env-manager local --port 1234'
+        raise UserError(
+            f"no served model answers at {url}: {reason}",
+            'mlflow models serve -m "models:/NAME/1" --env-manager local --port 1234',
         ) from error
     try:
         answer = response.json()
     except ValueError:
         answer = None
     if response.status_code != 200 and isinstance(answer, dict):
-        # The message repeats all the data first.
+        # MLflow's message repeats the whole request before it says what is wrong.
         said = " ".join(str(answer.get("message", answer)).split()).rsplit(" Error: ", 1)[-1][:300]
-        raise SystemExit(
-            f"error: the served model refuses the request (error {response.status_code}): {said}\n"
-            "hint:  the model's page names the inputs it takes: columns, or pictures (--pictures)."
+        raise UserError(
+            f"the served model refuses the request (error {response.status_code}): {said}",
+            "the model's page names the inputs it takes: columns, or images (--images).",
         )
     if not isinstance(answer, dict) or "predictions" not in answer:
-        raise SystemExit(
-            f"error: {url} answers (status {response.status_code}), but not as a served model.\n"
-            "hint:  is it the port of mlflow models serve, and not of the tracking server?"
+        raise UserError(
+            f"{url} answers (status {response.status_code}), but not as a served model.",
+            "is it the port of mlflow models serve, and not of the tracking server?",
         )
     return answer["predictions"]
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -3,10 +3,11 @@
     python scripts/train_and_register_model.py
     python scripts/train_and_register_model.py --dataset digits --epochs 10 --batch-size 32
 
-The best epoch is chosen on a tenth of the training set, which trains nothing; the test set is for
-the final score. You will see the scores of each epoch, the run's id, the registered version, and a
-JSON object as the last line. In the MLflow UI the run has curves, best_model.pt,
-model_metadata.json and model_summary.txt; "Models" has a new version with a description.
+The best epoch is chosen on a tenth of the training set that is held out from training; the test set
+is for the final score. You will see the scores of each epoch, the run's id, the registered version,
+and a JSON object as the last line. In the MLflow UI the run has curves, best_model.pt,
+model_metadata.json and model_summary.txt; "Models" has a new version with a description. Needs
+common/cli.py, the rooms connection, runs and training of common/, and scripts/networks.py.
 """
 
 import sys
@@ -53,7 +54,7 @@ def build_parser():
         "--batch-size",
         type=cli.whole_number(1),
         default=32,
-        help="pictures a step (default: %(default)s)",
+        help="images per step (default: %(default)s)",
     )
     parser.add_argument(
         "--lr",
@@ -65,7 +66,7 @@ def build_parser():
         "--seed",
         type=cli.whole_number(0),
         default=0,
-        help="seed of the weights, the split and the order of pictures (default: %(default)s)",
+        help="seed of the weights, the split and the order of the images (default: %(default)s)",
     )
     cli.add_data_arguments(parser)
     cli.add_server_arguments(parser)
@@ -82,39 +83,26 @@ def main(argv=None):
     import mlflow
     import torch
 
-    from common import (
-        credentials,
-        data,
-        ending,
-        failures,
-        model,
-        predictions,
-        provenance,
-        runs,
-        tracking,
-        training,
-    )
+    from common import connection, runs, training
+    from scripts import networks
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment_name)
-    everything = data.load(args.dataset, args.data_dir, train=True)
-    train, validation = data.hold_out(everything, seed=args.seed)
-    test = data.load(args.dataset, args.data_dir, train=False)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment_name)
+    everything = training.load_data(args.dataset, args.data_dir, train=True)
+    train, validation = training.hold_out(everything, seed=args.seed)
+    test = training.load_data(args.dataset, args.data_dir, train=False)
 
     torch.manual_seed(args.seed)
-    network = model.SimpleCNN().to(training.best_device())
+    network = networks.SimpleCNN().to(training.best_device())
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
 
     # set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment_name)
-    tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and track. start_run: the run's page; leaving the `with` block ends it.
     with (
         mlflow.start_run(experiment_id=experiment.experiment_id, run_name=args.run_name) as run,
-        ending.always_ended(),
+        runs.always_ended(),
     ):
         run_id = run.info.run_id
         print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
@@ -125,7 +113,7 @@ def main(argv=None):
                 "epochs": args.epochs,
                 "batch_size": args.batch_size,
                 "learning_rate": args.lr,
-                "total_parameters": model.count_parameters(network),
+                "total_parameters": networks.count_parameters(network),
                 "seed": args.seed,
                 "dataset": args.dataset,
             }
@@ -133,9 +121,9 @@ def main(argv=None):
         # set_tags: words to find the run by, in the search bar and on its page.
         mlflow.set_tags(
             {
-                "owner": provenance.user(),
-                **provenance.git_tags(__file__),
-                **provenance.job_tags(),
+                "owner": runs.user(),
+                **runs.git_tags(__file__),
+                **runs.job_tags(),
             }
         )
         best = None
@@ -187,7 +175,7 @@ def main(argv=None):
         mlflow.log_dict(
             {
                 "model": type(network).__name__,
-                "total_parameters": model.count_parameters(network),
+                "total_parameters": networks.count_parameters(network),
                 "input": "float32 pixels in [0, 1], shape (N, 1, 28, 28)",
                 "class_names": test.class_names,
                 "dataset": args.dataset,
@@ -197,33 +185,33 @@ def main(argv=None):
             },
             "model_metadata.json",
         )
-        mlflow.log_text(model.summary(network), "model_summary.txt")
-        # What it predicts for each test picture, to check a loaded model by.
+        mlflow.log_text(networks.summary(network), "model_summary.txt")
+        # The predictions for the test images: a loaded model is checked against them.
         mlflow.log_dict(
-            predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
+            runs.record_predictions(args.dataset, test, scores.predictions), runs.PREDICTIONS
         )
         # log_model: weights, signature and requirements, loadable without this code. It appears on
         # the run's page under "Logged models"; runs:/RUN_ID/pytorch_model is its address.
         logged = mlflow.pytorch.log_model(
             network,
             name="pytorch_model",
-            input_example=model.input_example(test.images),
-            pip_requirements=model.pip_requirements(),
+            input_example=training.input_example(test.images),
+            pip_requirements=training.pip_requirements(),
             step=best.number,
         )
 
     # 4. Register. register_model: a new version under "Models", linked to the run. A name that
-    # exists already is no error, it gets the next version. (runs:/RUN_ID/pytorch_model would do,
-    # too; models:/m-... is what MLflow makes of it.)
+    # exists already is no error, it gets the next version. (runs:/RUN_ID/pytorch_model would work,
+    # too: MLflow resolves it to models:/m-...)
     version = mlflow.register_model(logged.model_uri, args.model_name)
     # update_model_version: the description, on the version's page.
     description = f"SimpleCNN trained with lr={args.lr}, batch_size={args.batch_size}"
     mlflow.MlflowClient().update_model_version(
         args.model_name, version.version, description=description
     )
-    print(f"Run ID: {run_id}")
-    print(f"Model Name: {args.model_name}")
-    print(f"Model Version: {version.version}")
+    print(f"Run ID: {run_id}", flush=True)
+    print(f"Model Name: {args.model_name}", flush=True)
+    print(f"Model Version: {version.version}", flush=True)
     cli.print_result(
         run_id=run_id,
         model_uri=f"models:/{args.model_name}/{version.version}",
@@ -234,4 +222,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -4,8 +4,10 @@
     python scripts/train_fashion_mnist.py --config scripts/cfg/quick.yaml --epochs 2
 
 A tenth of the training set is held out for the curves; the test set is for the final score.
-You will see one line an epoch, and a JSON object as the last line. In the MLflow UI the run stands
-in the experiment "Image classification", with its parameters, its curves and its model.
+You will see one line per epoch, and a JSON object as the last line. In the MLflow UI the run stands
+in the experiment "Image classification", with its parameters, its curves and its model. Needs
+common/cli.py, the rooms connection, runs and training of common/, and scripts/networks.py and
+settings.py.
 """
 
 import sys
@@ -14,13 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
+from scripts import settings
 
 EXPERIMENT = "Image classification"  # the group of runs that this one joins
 
 
 def build_parser():
     parser = cli.parser(__doc__)
-    cli.add_config_argument(parser)
+    settings.add_config_argument(parser)
     parser.add_argument(
         "--epochs",
         type=cli.whole_number(1),
@@ -31,7 +34,7 @@ def build_parser():
         "--batch_size",
         type=cli.whole_number(1),
         default=32,
-        help="pictures a step (default: %(default)s)",
+        help="images per step (default: %(default)s)",
     )
     parser.add_argument(
         "--lr",
@@ -41,7 +44,7 @@ def build_parser():
     )
     parser.add_argument(
         "--dropout",
-        type=cli.fraction,
+        type=settings.fraction,
         default=0.25,
         help="fraction of the hidden units that are left out at each step (default: %(default)s)",
     )
@@ -49,7 +52,7 @@ def build_parser():
         "--seed",
         type=cli.whole_number(0),
         default=0,
-        help="seed of the weights, the split and the order of pictures (default: %(default)s)",
+        help="seed of the weights, the split and the order of the images (default: %(default)s)",
     )
     cli.add_data_arguments(parser, dataset="fashion_mnist")
     cli.add_server_arguments(parser, EXPERIMENT)
@@ -57,52 +60,38 @@ def build_parser():
 
 
 def main(argv=None):
-    args = cli.parse_with_config(build_parser(), argv)
+    args = settings.parse_with_config(build_parser(), argv)
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import mlflow
     import torch
 
-    from common import (
-        credentials,
-        data,
-        ending,
-        failures,
-        model,
-        plots,
-        predictions,
-        provenance,
-        runs,
-        tracking,
-        training,
-    )
+    from common import connection, runs, training
+    from scripts import networks
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-    everything = data.load(args.dataset, args.data_dir, train=True)
-    train, validation = data.hold_out(everything, seed=args.seed)
-    test = data.load(args.dataset, args.data_dir, train=False)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    everything = training.load_data(args.dataset, args.data_dir, train=True)
+    train, validation = training.hold_out(everything, seed=args.seed)
+    test = training.load_data(args.dataset, args.data_dir, train=False)
 
     torch.manual_seed(args.seed)
-    network = model.SimpleCNN(args.dropout).to(training.best_device())
+    network = networks.SimpleCNN(args.dropout).to(training.best_device())
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
 
     # set_experiment: like a project folder; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
-    tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: one training attempt, with a page of its own.
-    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, ending.always_ended():
+    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
         run_id = run.info.run_id
         print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
         # set_tags: who, from which commit, in which batch job.
         mlflow.set_tags(
             {
-                "owner": provenance.user(),
-                **provenance.git_tags(__file__),
-                **provenance.job_tags(),
+                "owner": runs.user(),
+                **runs.git_tags(__file__),
+                **runs.job_tags(),
             }
         )
         # log_params: what was set before training; the columns to compare runs by.
@@ -136,13 +125,13 @@ def main(argv=None):
                 flush=True,
             )
 
-        # 3. Score on data that neither trained nor chose, and store.
+        # 3. Score on data that was used neither to train nor to choose, and store.
         network = network.cpu().eval()
         scores = training.evaluate(network, test.images, test.labels)
         mlflow.log_metric("test_accuracy", scores.accuracy)
-        # log_figure: a picture in the tab "Artifacts", with no file left behind here.
+        # log_figure: an image in the tab "Artifacts", with no file left behind here.
         mlflow.log_figure(
-            plots.confusion_matrix_figure(
+            runs.confusion_matrix_figure(
                 test.labels,
                 scores.predictions,
                 test.class_names,
@@ -150,16 +139,16 @@ def main(argv=None):
             ),
             "plots/confusion_matrix.png",
         )
-        # log_dict: what it predicts for each test picture, to check a loaded model by.
+        # log_dict: the predictions for the test images, to check a loaded model against.
         mlflow.log_dict(
-            predictions.record(args.dataset, test, scores.predictions), predictions.ARTIFACT
+            runs.record_predictions(args.dataset, test, scores.predictions), runs.PREDICTIONS
         )
         # log_model: weights, signature and requirements, loadable without this code.
         logged = mlflow.pytorch.log_model(
             network,
             name="model",
-            input_example=model.input_example(test.images),
-            pip_requirements=model.pip_requirements(),
+            input_example=training.input_example(test.images),
+            pip_requirements=training.pip_requirements(),
             step=args.epochs,
         )
     cli.print_result(
@@ -171,4 +160,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

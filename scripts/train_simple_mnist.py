@@ -3,10 +3,11 @@
     python scripts/train_simple_mnist.py
     python scripts/train_simple_mnist.py --dataset digits --epochs 10
 
-You will see one line an epoch in the guide's words, and a JSON object as the last line. In the
+You will see one line per epoch in the guide's words, and a JSON object as the last line. In the
 MLflow UI the run stands in MNIST_experiment under a random name, with its parameters, four curves
 under "Model metrics", and model.pth under "Artifacts". `val` is the test set, as in the guide;
-nothing is chosen by it.
+nothing is chosen by it. Needs common/cli.py, the rooms connection, runs and training of common/,
+and scripts/networks.py.
 """
 
 import sys
@@ -31,7 +32,7 @@ def build_parser():
         "--batch_size",
         type=cli.whole_number(1),
         default=64,
-        help="pictures a step (default: %(default)s)",
+        help="images per step (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
@@ -43,7 +44,7 @@ def build_parser():
         "--seed",
         type=cli.whole_number(0),
         default=0,
-        help="seed of the weights and of the order of pictures (default: %(default)s)",
+        help="seed of the weights and of the order of the images (default: %(default)s)",
     )
     cli.add_data_arguments(parser)
     cli.add_server_arguments(parser, EXPERIMENT)
@@ -59,28 +60,26 @@ def main(argv=None):
     import mlflow
     import torch
 
-    from common import credentials, data, ending, failures, model, runs, tracking, training
+    from common import connection, runs, training
+    from scripts import networks
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-    train = data.load(args.dataset, args.data_dir, train=True)
-    test = data.load(args.dataset, args.data_dir, train=False)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    train = training.load_data(args.dataset, args.data_dir, train=True)
+    test = training.load_data(args.dataset, args.data_dir, train=False)
 
     torch.manual_seed(args.seed)
-    network = model.SimpleMNIST().to(training.best_device())
+    network = networks.SimpleMNIST().to(training.best_device())
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr)
 
     # set_experiment: makes it if it does not exist; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
-    tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: everything logged in this block belongs to this run.
-    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, ending.always_ended():
+    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
         run_id = run.info.run_id
         print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
-        # log_params: once a run; the table "Parameters" on its page.
+        # log_params: once per run; the table "Parameters" on its page.
         mlflow.log_params(
             {
                 "lr": args.lr,
@@ -110,8 +109,8 @@ def main(argv=None):
                 flush=True,
             )
 
-        # 3. Log the weights. log_artifact: copies the file to the run, tab "Artifacts"; the one
-        # here goes away with its folder.
+        # 3. Log the weights. log_artifact: copies the file to the run, tab "Artifacts"; the local
+        # one is deleted with its folder.
         with tempfile.TemporaryDirectory() as folder:
             torch.save(network.cpu().state_dict(), f"{folder}/model.pth")
             mlflow.log_artifact(f"{folder}/model.pth")
@@ -125,4 +124,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -6,7 +6,8 @@
 Nothing is downloaded: scikit-learn carries the data with it. You will see the scores on the test
 set, and a JSON object as the last line. In the MLflow UI there is an experiment
 RandomForest_Training with a new run, its parameters and metrics, and four artifacts: the model, the
-confusion matrix, a report by class, and how much each column counts.
+confusion matrix, a report by class, and the importance of each column. Needs common/cli.py and the
+rooms connection and runs of common/.
 """
 
 import sys
@@ -55,28 +56,25 @@ def main(argv=None):
     from sklearn.metrics import classification_report, precision_recall_fscore_support
     from sklearn.model_selection import train_test_split
 
-    from common import credentials, ending, failures, plots, runs, tracking
+    from common import connection, runs
 
     # 1. Connect, and load the data.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
     iris = load_iris(as_frame=True)
     # "sepal length (cm)" becomes sepal_length: the names that a request to the served model has.
     table = iris.data.rename(columns=lambda name: name.removesuffix(" (cm)").replace(" ", "_"))
     names = list(iris.target_names)
     species = iris.target.map(dict(enumerate(names)))  # the served model answers "setosa", not 0
-    seed = args.seed % 2**32  # all that scikit-learn takes
+    seed = args.seed % 2**32  # scikit-learn takes no larger one
     x_train, x_test, y_train, y_test = train_test_split(
         table, species, test_size=0.3, random_state=seed, stratify=species
     )
 
     # set_experiment: makes it if it does not exist; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
-    tracking.check_artifact_location(experiment.artifact_location)
 
     # 2. Train and log. start_run: one run is one execution of this script.
-    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, ending.always_ended():
+    with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
         run_id = run.info.run_id
         print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
         forest = RandomForestClassifier(
@@ -104,7 +102,7 @@ def main(argv=None):
 
         # log_figure, log_text, log_dict: three files in the tab "Artifacts".
         mlflow.log_figure(
-            plots.confusion_matrix_figure(
+            runs.confusion_matrix_figure(
                 [names.index(name) for name in y_test],
                 [names.index(name) for name in predicted],
                 names,
@@ -121,8 +119,8 @@ def main(argv=None):
             "feature_importances.json",
         )
         # log_model: the fourth artifact, linked from the run's page. The signature names the
-        # columns that a request has to have. skops stores the forest without pickle; it does not
-        # check the indices in a tree, and wants those trusted by name.
+        # columns that a request must have. skops stores the forest without pickle. It cannot check
+        # the node indices inside a tree, so that type has to be trusted by name.
         logged = mlflow.sklearn.log_model(
             forest,
             name="model",
@@ -135,4 +133,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,15 +1,17 @@
-"""Search for the best settings with Optuna: a run a study, a child run a trial (guide 5).
+"""Search for the best settings with Optuna: one parent run, one child run per trial (guide 5).
 
     python scripts/tune_fashion_mnist.py --dataset digits --trials 6 --epochs 3
     python scripts/tune_fashion_mnist.py --trials 40 --jobs 4 --storage sqlite:///study.db
     python scripts/tune_fashion_mnist.py --config scripts/cfg/search.yaml
 
-Trials that do worse than most before them are given up early ("pruned"). With --storage, a study
+Trials that do worse than most before them are stopped early ("pruned"). With --storage, a study
 that was interrupted goes on where it was, and the same command on several nodes works on one study;
-between nodes, name a file on the shared filesystem in place of SQLite: --storage /shared/study.log.
-You will see a line for each trial, and a JSON object as the last line. In the MLflow UI the study
-is a run in "Image classification" with its trials folded below it, pictures of the study, and the
-best settings; the best trial has the tag best. Its model is registered like any other's.
+between nodes, name a file on the shared filesystem instead of SQLite: --storage /shared/study.log.
+You will see one line per trial, and a JSON object as the last line. In the MLflow UI the study is a
+run in "Image classification" with its trials folded below it, two figures of the study, and the
+best settings; the best trial has the tag best. Its model is registered like any other's. Needs
+common/cli.py, the rooms connection, runs, storage and training of common/, and scripts/figures.py,
+networks.py, settings.py and studies.py.
 """
 
 import sys
@@ -18,6 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
+from common.errors import UserError
+from scripts import settings
 
 EXPERIMENT = "Image classification"  # the group of runs that this one joins
 STUDY = "fashion_mnist"  # a study of this name in the same storage goes on
@@ -25,12 +29,12 @@ STUDY = "fashion_mnist"  # a study of this name in the same storage goes on
 
 def build_parser():
     parser = cli.parser(__doc__)
-    cli.add_config_argument(parser)
+    settings.add_config_argument(parser)
     parser.add_argument(
         "--trials",
         type=cli.whole_number(1),
         default=10,
-        help="trials that the study has in the end, pruned ones included (default: %(default)s)",
+        help="how many trials the study shall have, pruned ones included (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",
@@ -42,13 +46,13 @@ def build_parser():
         "--jobs",
         type=cli.whole_number(1),
         default=1,
-        help="trials at a time, each in a process of its own (default: %(default)s)",
+        help="how many trials run at a time, each in its own process (default: %(default)s)",
     )
     parser.add_argument(
         "--storage",
         type=cli.not_empty,
         help="where the study is kept: sqlite:///FILE, another database, or the path of a log file "
-        "(default: nowhere, it ends with this command)",
+        "(default: it is not kept)",
     )
     parser.add_argument(
         "--study",
@@ -68,7 +72,7 @@ def build_parser():
 
 
 def main(argv=None):
-    args = cli.parse_with_config(build_parser(), argv)
+    args = settings.parse_with_config(build_parser(), argv)
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import contextlib
@@ -77,29 +81,28 @@ def main(argv=None):
     import mlflow
     import optuna
 
-    from common import credentials, data, ending, failures, provenance, runs, studies, tracking
+    from common import connection, runs, training
+    from scripts import studies
 
     # 1. Connect, load the data, open the study: whatever is wrong shows now.
-    failures.explain()  # a server that fails, now or later: two lines and an exit code
-    credentials.send_api_key()  # with every request to it, and with no other
-    tracking.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-    splits = data.hold_out(data.load(args.dataset, args.data_dir, train=True), seed=args.seed)
-    test = data.load(args.dataset, args.data_dir, train=False)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it prints each trial, and so do we
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    splits = training.hold_out(
+        training.load_data(args.dataset, args.data_dir, train=True), seed=args.seed
+    )
+    test = training.load_data(args.dataset, args.data_dir, train=False)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would print each trial a second time
 
     # set_experiment: like a project folder; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
-    tracking.check_artifact_location(experiment.artifact_location)
     with contextlib.ExitStack() as stack:
-        if not args.storage:  # a log file all the same, for the processes of --jobs
+        if not args.storage:  # a temporary log file, which the processes of --jobs share
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             args.storage = f"{folder}/study.log"
-        settings = {name: getattr(args, name) for name in ("dataset", "epochs", "seed")}
-        study, parent_run_id = studies.join(args.storage, args.study, settings)
+        fixed = {name: getattr(args, name) for name in ("dataset", "epochs", "seed")}
+        study, parent_run_id = studies.join(args.storage, args.study, fixed)
 
-        if parent_run_id:  # of a study that goes on; it may belong to another server
-            parent = runs.existing_run(parent_run_id)
-            tracking.check_artifact_location(parent.info.artifact_uri)
+        if parent_run_id:
+            runs.existing_run(parent_run_id)  # the study may have been begun on another server
 
         # 2. The parent run. With run_id, start_run opens the run of a study that goes on again.
         stack.enter_context(
@@ -109,20 +112,21 @@ def main(argv=None):
                 run_name=None if parent_run_id else f"study {args.study}",
             )
         )
-        stack.enter_context(ending.always_ended())
+        stack.enter_context(runs.always_ended())
         parent = mlflow.active_run()
-        print(f"run      {parent.info.run_id}  study {args.study}  {runs.run_address(parent)}")
+        where = runs.run_address(parent)
+        print(f"run      {parent.info.run_id}  study {args.study}  {where}", flush=True)
         if not parent_run_id:
             # set_tags, log_params: what holds for all trials stands with the parent.
             mlflow.set_tags(
                 {
                     "optuna.study": args.study,
-                    "owner": provenance.user(),
-                    **provenance.git_tags(__file__),
-                    **provenance.job_tags(),
+                    "owner": runs.user(),
+                    **runs.git_tags(__file__),
+                    **runs.job_tags(),
                 }
             )
-            mlflow.log_params(settings)
+            mlflow.log_params(fixed)
             # Whoever joins the study from now on finds the parent run here.
             study.set_user_attr("parent_run_id", parent.info.run_id)
 
@@ -133,7 +137,7 @@ def main(argv=None):
         else:
             work_in_processes(args, splits, parent.info.run_id, missing)
 
-        # 4. What came of it, on the parent.
+        # 4. Log the outcome to the parent run.
         result = conclude(study, test)
     cli.print_result(run_id=parent.info.run_id, **result)
 
@@ -144,7 +148,8 @@ def work(args, splits, parent_run_id, count, worker=0):
     import optuna
     import torch
 
-    from common import ending, model, studies, training
+    from common import runs, training
+    from scripts import networks, studies
 
     train, validation = splits
     study = optuna.load_study(
@@ -164,7 +169,7 @@ def work(args, splits, parent_run_id, count, worker=0):
         batch_size = trial.suggest_categorical("batch_size", [32, 64, 128])
         dropout = trial.suggest_float("dropout", 0.0, 0.5)
         torch.manual_seed(args.seed + trial.number)
-        network = model.SimpleCNN(dropout).to(training.best_device())
+        network = networks.SimpleCNN(dropout).to(training.best_device())
         optimizer = torch.optim.Adam(network.parameters(), lr=lr)
         try:
             # start_run with parent_run_id: a child run, folded below the study in the UI.
@@ -175,7 +180,7 @@ def work(args, splits, parent_run_id, count, worker=0):
                     nested=True,
                     parent_run_id=parent_run_id,
                 ) as run,
-                ending.always_ended(),
+                runs.always_ended(),
             ):
                 trial.set_user_attr("run_id", run.info.run_id)
                 # log_params: the columns to compare trials by, in the UI's chart view too.
@@ -206,13 +211,13 @@ def work(args, splits, parent_run_id, count, worker=0):
                     mlflow.pytorch.log_model(
                         network.cpu().eval(),
                         name="model",
-                        input_example=model.input_example(validation.images),
-                        pip_requirements=model.pip_requirements(),
+                        input_example=training.input_example(validation.images),
+                        pip_requirements=training.pip_requirements(),
                         step=epoch.number,
                     )
-        except BaseException:  # also a signal: the study is not to wait for this trial
+        except BaseException:  # a signal, too: the study must not wait for this trial
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            ending.end_half_open_child(experiment_id, parent_run_id, f"trial {trial.number}")
+            studies.end_half_open_child(experiment_id, parent_run_id, f"trial {trial.number}")
             raise
         if pruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -227,7 +232,7 @@ def work(args, splits, parent_run_id, count, worker=0):
 
 
 def work_in_processes(args, splits, parent_run_id, count):
-    """Share the trials out. Processes, because torch's seed and MLflow's open run are one each."""
+    """Divide the trials among processes: torch's seed and MLflow's open run are per process."""
     import multiprocessing
     import time
 
@@ -243,22 +248,20 @@ def work_in_processes(args, splits, parent_run_id, count):
             process.join()
     finally:
         # Ctrl-C, and a batch system's signal, reach them as well. They end their runs as KILLED; a
-        # second signal would kill them before they have, so they get a moment first.
+        # second signal would kill them before that is done, so they get a moment first.
         deadline = time.monotonic() + 3
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))
         for process in processes:
-            process.terminate()  # SIGTERM, to those that do not know yet
+            process.terminate()  # SIGTERM, for those that no signal has reached
         for process in processes:
             process.join()
     if codes := [process.exitcode for process in processes if process.exitcode]:
-        print(
-            "error: a process of the study ended early; its message stands above.\n"
-            "hint:  with --storage, the same command goes on with the study.",
-            file=sys.stderr,
-            flush=True,
+        raise UserError(
+            "a process of the study ended early; its message stands above.",
+            "with --storage, the same command goes on with the study.",
+            max(*codes, 1),  # a negative code: killed, for lack of memory, say
         )
-        raise SystemExit(max(*codes, 1))  # negative: killed outright, for want of memory, say
 
 
 def work_alone(args, splits, parent_run_id, count, worker):
@@ -267,12 +270,11 @@ def work_alone(args, splits, parent_run_id, count, worker):
     import optuna
     import torch
 
-    from common import credentials, failures, tracking
+    from common import connection
 
-    failures.explain()
-    credentials.send_api_key()
+    connection.settle()
     if mlflow.get_tracking_uri().startswith("http"):
-        tracking.trust()
+        connection.trust()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
     try:
@@ -280,8 +282,8 @@ def work_alone(args, splits, parent_run_id, count, worker):
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001 (said as in the main process, which also exits)
-        # multiprocessing would print a traceback by itself, and whatever a server put into it.
-        sys.excepthook(type(error), error, error.__traceback__)
+        # Otherwise multiprocessing prints a traceback, with whatever a server put into it.
+        cli.print_and_exit(type(error), error, error.__traceback__)
         raise SystemExit(1) from None
 
 
@@ -290,7 +292,8 @@ def conclude(study, test):
     import mlflow
     from optuna.trial import TrialState
 
-    from common import inspection, plots, runs, studies, training
+    from common import runs, storage, training
+    from scripts import figures, studies
 
     client, parent, best = mlflow.MlflowClient(), mlflow.active_run(), study.best_trial
     trials = studies.finished_trials(study)
@@ -301,13 +304,13 @@ def conclude(study, test):
         filter_string=f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND tags.best = 'true'",
         output_format="list",
     )
-    for run in marked:  # of a study that went on
+    for run in marked:  # from before the study was continued
         if run.info.run_id != best_run.info.run_id:
             client.set_tag(run.info.run_id, "best", "false")
     # set_tag with a run's id: the best child, found by tags.best = 'true'.
     client.set_tag(best_run.info.run_id, "best", "true")
 
-    with inspection.checked_copy(runs.model_uri(best_run)) as folder:  # nothing in it runs
+    with storage.checked_copy(runs.model_uri(best_run)) as folder:  # nothing in it runs
         network = mlflow.pytorch.load_model(folder)
     scores = training.evaluate(network, test.images, test.labels)
     # log_metrics: of the best trial, and only of that one on the test set.
@@ -319,17 +322,17 @@ def conclude(study, test):
             "trials_pruned": pruned,
         }
     )
-    # The best settings. Parameters are written once; if the study is prolonged and a better trial
-    # found, only the tags move on.
+    # The best settings. Parameters are written once: if the study goes on and finds a better trial,
+    # only the tags change.
     settings = {f"best_{name}": value for name, value in best.params.items()}
     mlflow.set_tags({"best_run_id": best_run.info.run_id, **settings})
     if not settings.keys() & mlflow.get_run(parent.info.run_id).data.params.keys():
         mlflow.log_params(settings)
 
-    # log_figure: two pictures of the study, under "Artifacts".
+    # log_figure: two figures of the study, under "Artifacts".
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     mlflow.log_figure(
-        plots.search_figure(
+        figures.search_figure(
             [trial.number for trial in complete],
             [trial.value for trial in complete],
             {name: [trial.params[name] for trial in complete] for name in best.params},
@@ -340,7 +343,7 @@ def conclude(study, test):
     )
     curves = {f"trial {trial.number}": trial.intermediate_values.items() for trial in trials}
     mlflow.log_figure(
-        plots.curves_figure(
+        figures.curves_figure(
             curves,
             f"study {study.study_name}: {len(trials) - len(complete)} of {len(trials)} pruned",
             "val_accuracy",
@@ -365,4 +368,4 @@ def conclude(study, test):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

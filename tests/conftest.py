@@ -48,6 +48,7 @@ FURTHER_SCRIPTS = (
     "scripts/train_fashion_mnist.py",
     "scripts/tune_fashion_mnist.py",
     "scripts/log_plot.py",
+    "scripts/train_your_model.py",
 )
 
 
@@ -116,7 +117,7 @@ def run(script, *arguments, cwd, code=0, timeout=600, **variables):
 
 
 @contextlib.contextmanager
-def training(cwd, *arguments, **variables):
+def training_process(cwd, *arguments, **variables):
     """The training script as a process, its output to be read as it comes; killed on leaving."""
     command = [sys.executable, "-u", str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
     process = subprocess.Popen(
@@ -146,12 +147,12 @@ def write_idx(path, array):
 
 def write_mnist(folder):
     """Write scikit-learn's digits as if they were MNIST: the four files that torchvision reads."""
-    from common import data
+    from common import training
 
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name, train in (("train", True), ("t10k", False)):
-        split = data.load("digits", "unused", train=train)
+        split = training.load_data("digits", "unused", train=train)
         write_idx(raw / f"{name}-images-idx3-ubyte", split.images[:, 0].numpy())
         write_idx(raw / f"{name}-labels-idx1-ubyte", split.labels.numpy().astype("uint8"))
     return folder
@@ -165,8 +166,8 @@ def mnist_dir(tmp_path_factory):
 
 # Files whose tests share a scene that takes long to make: each runs in one process.
 TOGETHER = (
-    *("test_guides", "test_inspection", "test_large_model", "test_search", "test_secrets"),
-    "test_serving",
+    *("test_guides", "test_deployment", "test_inspection", "test_large_model", "test_search"),
+    *("test_secrets", "test_serving"),
 )
 
 
@@ -235,9 +236,9 @@ class Session:
 
 @pytest.fixture(scope="session")
 def prefork(tmp_path_factory):
-    """tests/prefork.py, which starts the scripts."""
+    """tests/scripts/prefork.py, which starts the scripts."""
     with subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "prefork.py")],
+        [sys.executable, str(ROOT / "tests" / "scripts" / "prefork.py")],
         cwd=tmp_path_factory.mktemp("prefork"),
         env=clean_environment(),
         stdin=subprocess.PIPE,
@@ -389,3 +390,15 @@ def box_variables(box, tls):
         "MLFLOW_TRACKING_SERVER_CERT_PATH": str(tls[1]),
         "AM_SC_API_KEY": KEY,
     }
+
+
+@pytest.fixture
+def user():
+    """Sets what a user exports, in this process; all is as it was when the test ends."""
+    import mlflow
+
+    before = dict(os.environ)
+    yield lambda **variables: os.environ.update(variables)
+    mlflow.set_tracking_uri(None)
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,47 +1,135 @@
-"""How the project is built: what is promised about the code's structure."""
+"""How the project is built: rooms that stand alone, budgets, and what is private to others."""
 
 import ast
 import difflib
 import re
+import shutil
+import subprocess
+import sys
 
-from conftest import FURTHER_SCRIPTS, ROOT, SCRIPTS
+import pytest
+from conftest import FURTHER_SCRIPTS, ROOT, SCRIPTS, clean_environment
+
+COMMON = ROOT / "common"
+ROOMS = sorted(path.parent.name for path in COMMON.glob("*/__init__.py"))
+MODULES = sorted(COMMON.rglob("*.py"))
 
 
 def imports(path, top_level_only=False):
-    """The modules that a file imports, as ("common", "tracking") or ("mlflow", "")."""
+    """The modules that a file imports, as ("common", "runs") or ("mlflow", ""), absolute ones."""
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((name.name.split(".")[0], "") for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from ((node.module.split(".")[0], name.name) for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            package, _, module = node.module.partition(".")
+            yield from ((package, module or name.name) for name in node.names)
 
 
-def test_common_modules_are_leaves():
-    modules = sorted((ROOT / "common").glob("*.py"))
-    assert len(modules) >= 9
-    for path in modules:
-        assert "common" not in {package for package, _ in imports(path)}, path
+def relative_imports(path):
+    """The modules of its own room that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [name.name for name in node.names]
 
 
-def test_every_common_module_is_used_by_a_script():
-    scripts = [ROOT / script for script in SCRIPTS + FURTHER_SCRIPTS]
-    used = {name for s in scripts for package, name in imports(s) if package == "common"}
-    there = {path.stem for path in (ROOT / "common").glob("*.py")} - {"__init__"}
-    assert used == there
+def length(path):
+    return len(path.read_text().splitlines())
+
+
+def test_the_rooms_are_those_of_the_design():
+    assert ROOMS == ["connection", "runs", "storage", "training"]
+    alone = {path.name for path in COMMON.glob("*.py")}
+    assert alone == {"__init__.py", "cli.py", "errors.py"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_the_errors_and_no_other_room(room):
+    for path in (COMMON / room).rglob("*.py"):
+        ours = {module for package, module in imports(path) if package in ("common", "scripts")}
+        assert ours <= {"errors"}, path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_circle_inside_a_room(room):
+    files = {path.stem: set(relative_imports(path)) for path in (COMMON / room).glob("*.py")}
+    files.pop("__init__")
+    while files:
+        free = [name for name, needed in files.items() if not needed & files.keys()]
+        assert free, f"a circle among {sorted(files)}"
+        for name in free:
+            del files[name]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_to_copy(room):
+    docstring = ast.get_docstring(ast.parse((COMMON / room / "__init__.py").read_text()))
+    assert "copy" in docstring and "common/errors.py" in docstring
+    assert f"from common import {room}" in docstring
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_alone_can_be_imported(room, tmp_path):
+    """Each room's own tests make the call that its docstring promises."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").touch()
+    shutil.copy(COMMON / "errors.py", tmp_path / "common")
+    shutil.copytree(COMMON / room, tmp_path / "common" / room)
+    missing = f"[name for name in {room}.__all__ if not hasattr({room}, name)]"
+    code = f"from common import {room}; print({missing})"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout.strip() == "[]", process.stderr
+
+
+def test_budgets():
+    assert sum(map(length, MODULES)) < 3000
+    assert {str(path): length(path) for path in MODULES if length(path) >= 200} == {}
+    assert {name: length(ROOT / name) for name in SCRIPTS if length(ROOT / name) >= 230} == {}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_first_mlflow_call_stands_on_the_first_screen(script):
+    lines = (ROOT / script).read_text().splitlines()
+    (main,) = (i for i, line in enumerate(lines) if line.startswith("def main("))
+    screen = "\n".join(lines[main : main + 40])
+    if "register" in script:  # they begin with a run that is there already
+        screen = "\n".join(lines[main : main + 60])
+    assert re.search(r"^ +(\w+ = )?(with \()?mlflow\.", screen, re.MULTILINE), screen
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_names_the_rooms_it_needs(script):
+    tree = ast.parse((ROOT / script).read_text())
+    used = {module for package, module in imports(ROOT / script) if package == "common"}
+    docstring = ast.get_docstring(tree)
+    assert {room for room in ROOMS if re.search(rf"\b{room}\b", docstring.split("Needs")[1])} == (
+        used - {"cli", "errors"}
+    )
 
 
 def test_every_script_is_listed():
     """The tests that go through all scripts go through these."""
     there = {str(path.relative_to(ROOT)) for path in ROOT.glob("*.py")}
-    there |= {str(path.relative_to(ROOT)) for path in ROOT.glob("scripts/*.py")}
+    there |= {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("scripts/*.py")
+        if "__main__" in path.read_text()
+    }
     assert there == set(SCRIPTS + FURTHER_SCRIPTS)
 
 
 def test_scripts_import_nothing_heavy_at_module_level():
-    allowed = {("common", "cli"), ("pathlib", "Path"), ("sys", "")}
+    allowed = {("common", "cli"), ("common", "errors"), ("scripts", "settings")}
+    allowed |= {("pathlib", ""), ("pathlib", "Path"), ("sys", "")}
     for script in SCRIPTS + FURTHER_SCRIPTS:
-        assert set(imports(ROOT / script, top_level_only=True)) <= allowed
+        assert set(imports(ROOT / script, top_level_only=True)) <= allowed, script
 
 
 def test_run_time_packages_are_those_in_requirements():
@@ -51,11 +139,10 @@ def test_run_time_packages_are_those_in_requirements():
     named = {re.split(r"[><=\s]", line)[0] for line in lines if line and not line.startswith("#")}
     named = {"sklearn" if name == "scikit-learn" else name for name in named}
     used = set()
-    scripts = [ROOT / script for script in SCRIPTS + FURTHER_SCRIPTS]
-    for path in [*scripts, *(ROOT / "common").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *MODULES]:
         used |= {package for package, _ in imports(path)}
     # safetensors is optional; what comes after it MLflow itself uses, or Optuna, and brings.
-    assert used - set(__import__("sys").stdlib_module_names) - {"common"} == (
+    assert used - set(sys.stdlib_module_names) - {"common", "scripts"} == (
         (named - {"numpy"})
         | {"optuna", "yaml", "safetensors", "requests", "cryptography", "sqlalchemy"}
     )
@@ -77,25 +164,56 @@ def test_landmarks_agree_with_the_readme():
         assert found, script
         for number, name in found:
             assert names.setdefault(number, name) == name
-    calls = readme()[readme().index("## MLflow in seventeen calls") : readme().index("## Search")]
+    readme = (ROOT / "README.md").read_text()
+    calls = readme[readme.index("## MLflow in seventeen calls") : readme.index("## Search")]
     table = re.findall(r"^\| (\d+) \| `(?:mlflow\.)?(?:\w+\.)*(\w+)", calls, flags=re.MULTILINE)
     assert dict(table) == names
     assert len(names) == 17
 
 
-def readme():
-    return (ROOT / "README.md").read_text()
+# What the two training scripts may differ in: where the artifacts go. Each pattern is a line that
+# only the large-model script has, or that is worded otherwise there.
+LESSON = (
+    r"target_path|folder|storage\.|save_model_once|model_path|map_weights|file\.tags|\bfile\b|"
+    r"create_experiment|get_experiment_by_name|EXPERIMENT =|MLflow 13|MLflow 9\b|MLflow 10\b|MLflow 12|log_model|"
+    r"load_model|checked_copy|check_predictions|register_model|model_uri|points at the path"
+)
 
 
 def test_the_training_scripts_differ_by_the_lesson_only():
-    """Where the artifacts go: everything else in the two is the same."""
+    """Where the artifacts go; everything else in the two is the same, line by line."""
     one, other = (
-        (ROOT / name).read_text().splitlines()
+        ast.unparse(
+            next(
+                node
+                for node in ast.parse((ROOT / name).read_text()).body
+                if isinstance(node, ast.FunctionDef) and node.name == "main"
+            )
+        ).splitlines()
         for name in ("train_mnist_mlflow.py", "Modify_artifact_location.py")
     )
     changes = [
-        line
+        line[1:].strip()
         for line in difflib.unified_diff(one, other, lineterm="", n=0)
         if line[0] in "+-" and not line.startswith(("+++", "---")) and line[1:].strip()
     ]
-    assert 0 < len(changes) < 150
+    assert changes
+    assert [line for line in changes if not re.search(LESSON, line)] == []
+
+
+# Each touch of a name that MLflow or PyTorch keep private, or do not document: where it is, in one
+# place each, with a comment there on what breaks when it goes.
+PRIVATE = {}
+
+
+def private_names(path):
+    """Names below mlflow and torch that start with an underscore, as they are written."""
+    text = path.read_text()
+    found = set(re.findall(r"\b(?:mlflow|torch)(?:\.\w+)*\._\w+(?:\.\w+)*", text))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = node.module.split(".")
+            if modules[0] in ("mlflow", "torch"):
+                names = {f"{node.module}.{name.name}" for name in node.names}
+                found |= {name for name in names if re.search(r"\._", name)}
+    return {name for name in found if not name.startswith("torch.ops.")}

@@ -1,0 +1,118 @@
+"""Which server: the tracking address and the proxy on the way, checked before anything is sent."""
+
+import importlib.util
+import os
+import re
+from urllib.parse import urlsplit
+
+import mlflow
+import requests
+
+from common.errors import UserError
+
+from .settings import FIRST_REQUESTS
+
+AMSC_URI = "https://mlflow.american-science-cloud.org"
+LOCAL_URI = "sqlite:///mlflow.db"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# Of SQLite a file: a store in memory, or in no file, would be lost at the end.
+USABLE = re.compile(r"https?://|sqlite(\+\w+)?:///[^:?]|(postgresql|mysql|mssql)(\+\w+)?://")
+
+
+def address(tracking_uri=None):
+    """Return (the tracking address, where it comes from). Raises UserError if it cannot be used."""
+    uri, reason = _choose(tracking_uri)
+    _check_address(uri, reason)
+    _check_variables(uri)
+    if uri.startswith("http"):
+        _check_proxy(uri)
+    return uri, reason
+
+
+def printable(uri):
+    """Return the address without its secrets: passwords stand before the @ or in the query."""
+    parts = urlsplit(uri)
+    if not parts.netloc:
+        return uri
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def proxy_of(uri):
+    """Return the URL of the proxy that `requests` takes on the way to `uri`, or None."""
+    chosen = requests.utils.select_proxy(uri, requests.utils.get_environ_proxies(uri))
+    return chosen if not chosen or "://" in chosen or "@" in chosen else f"http://{chosen}"
+
+
+def origin(uri):
+    """Return (scheme, host, port), spelled as `requests` spells them in what it sends."""
+    if uri.startswith("http"):
+        uri = requests.Request("GET", uri).prepare().url
+    parts = urlsplit(uri)
+    return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+
+
+def _choose(tracking_uri):
+    if tracking_uri is not None:
+        return tracking_uri.strip(), "from --tracking_uri"
+    if uri := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
+        return uri, "from MLFLOW_TRACKING_URI"
+    for name in ("AM_SC_API_KEY_FILE", "AM_SC_API_KEY"):
+        if os.environ.get(name, "").strip():
+            return AMSC_URI, f"the AmSC server, because {name} is set"
+    return LOCAL_URI, "local, because neither MLFLOW_TRACKING_URI nor AM_SC_API_KEY is set"
+
+
+def _check_address(uri, reason):
+    try:
+        parts = urlsplit(uri)
+        possible = USABLE.match(uri) and uri.isprintable() and " " not in parts.netloc
+        (parts.hostname or "").encode("idna")
+        possible = possible and parts.port != 0 and (parts.hostname or parts.scheme[:4] != "http")
+    except ValueError:  # a port that is no number, brackets that are not closed, a label too long
+        possible = False
+    if not possible:  # and not printed: it may hold a password anywhere
+        what = f"the tracking address, {reason}, is none of a server or of a database."
+        raise UserError(what, f"a server is https://HOST[:PORT], a local file {LOCAL_URI}.")
+    if uri.startswith("http") and ("@" in parts.netloc or parts.query or parts.fragment):
+        raise UserError(
+            "the tracking address holds a user name, a query or a #, and MLflow would print it.",
+            "give https://HOST; export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
+        )
+
+
+def _check_variables(uri):
+    """Refuse MLflow variables that would lead a script elsewhere than its first line says."""
+    if os.environ.get("MLFLOW_REGISTRY_URI", uri).rstrip("/") != uri.rstrip("/"):
+        what = "MLFLOW_REGISTRY_URI names another server, and the key must not go there."
+        raise UserError(what, "unset it; models are registered on the tracking server.")
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        what = f"MLFLOW_RUN_ID is set, so MLflow would write into the run {run_id} again."
+        raise UserError(what, "unset MLFLOW_RUN_ID")
+    others = ("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "MLFLOW_TRACKING_INSECURE_TLS")
+    for name in (*FIRST_REQUESTS, *others):
+        try:
+            getattr(mlflow.environment_variables, name).get()
+        except ValueError as error:
+            raise UserError(f"{name} has an impossible value: {error}.", f"unset {name}") from error
+
+
+def _check_proxy(uri):
+    """Refuse a proxy that cannot be used, and bypass it on the way to this machine itself."""
+    parts = urlsplit(uri)
+    if parts.scheme == "http" and parts.hostname in LOOPBACK:  # an ssh tunnel, say
+        own = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        os.environ["no_proxy"] = ",".join(filter(None, [own, *LOOPBACK]))
+    proxy = proxy_of(uri)
+    try:
+        parts = urlsplit(proxy or "http://none")
+        usable = parts.hostname and parts.scheme and (parts.port or 1)
+    except ValueError:
+        usable = False
+    if parts.scheme.startswith("socks"):
+        usable = usable and importlib.util.find_spec("socks")
+    if not usable:
+        raise UserError(
+            "the proxy that http_proxy, https_proxy or all_proxy names is no address of use here.",
+            "give http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT with %23 for a # in the "
+            "password; for socks5://, pip install pysocks",
+        )

@@ -1,0 +1,174 @@
+"""What MLflow raises when the server fails, told apart: one sentence, one cure, one exit code.
+
+MLflow's own text for a refused key, a login page or an unplugged cable is a long traceback.
+"""
+
+import re
+
+import mlflow
+import requests
+from mlflow.exceptions import MlflowException
+
+from common.errors import TRY_AGAIN, UserError
+
+from . import undocumented
+from .address import printable
+from .credentials import CREDENTIALS, credential, without_secrets
+
+# What each kind of failure is called, and its two lines: what happened, and what to do.
+MESSAGES = {
+    "object_store": "the object store{host}, which {address} leaves large files to, does not do "
+    "its part.\n"
+    "can this machine reach it, and is the clock right? Files go through the server instead with "
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false and MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false.",
+    "proxy": "the proxy on the way to {address} does not let through: {reason}.\n"
+    "check http_proxy, https_proxy and no_proxy.",
+    "tls": "no trusted TLS connection to {address}: {reason}.\n"
+    "a certificate of your institution needs --ca_bundle FILE; a server without TLS, http://.",
+    "timeout": "{address} did not answer in time: {reason}.\n"
+    "check the address, and on a compute node whether it has a network at all.",
+    "name": "the name of {address} is unknown: {reason}.\n"
+    "check the address, and whether this node has a network.",
+    "no_server": "no server answers at {address}.\n"
+    "check the address and the network, and that the server runs.",
+    "dropped": "{address} dropped the connection halfway.\n"
+    "does it want https://? Else try again; if it stays, ask those who run the server.",
+    "web_page": "{address} answers with a web page, not as an MLflow server: perhaps a login.\n"
+    "check the key (sent: {sent}), and that the address is right and https.",
+    "redirect": "{address} redirects to another address, and the key must not be taken there.\n"
+    "use the address that it redirects to; mostly https:// in place of http://.",
+    "unauthenticated": "{address} refuses access (error 401){said}.\n"
+    "is the key exported, the right one, and still valid? (sent: {sent})",
+    "forbidden": "{address} forbids the request (error 403){said}.\n"
+    "ask those who run the server whether you may do this (sent: {sent}).",
+    "no_web_server": "what answers at {address} is no web server, and so no MLflow.\n"
+    "check the port of the address.",
+    "no_mlflow": "there is a web server at {address}, but no MLflow.\n"
+    "check the path of the address.",
+    "too_large": "{address} does not take {body} (error 413): the gateway's limit is lower.\n"
+    "scripts/check_connection.py measures the limit. Large models are better kept on a shared "
+    "filesystem: Modify_artifact_location.py.",
+    "too_many_requests": "{address} gets too many requests (error 429).\n"
+    "try again later; start fewer jobs at a time.",
+    "unavailable": "{address} is not available (error {status}).\n"
+    "try again in a minute; if it stays, ask those who run the server.",
+    "server_error": "{address} answers with an error of its own (error {status}){said}.\n"
+    "ask those who run the server, or the gateway before it; its log says why.",
+    "refused": "{address} does not accept the request (error {status}){said}.\n"
+    "if that does not say what to change, show it to those who run the server.",
+}
+LATER = ("no_server", "timeout", "dropped", "too_many_requests", "unavailable", "server_error")
+STATUS = {413: "too_large", 429: "too_many_requests", 401: "unauthenticated", 403: "forbidden"}
+STATUS |= dict.fromkeys((404, 405, 410), "no_mlflow")
+STATUS |= dict.fromkeys((408, 502, 503, 504), "unavailable")
+
+
+class Failure(UserError):  # noqa: N818 (what a server does; not every one is an error here)
+    """The failure of a server; `kind` is its name in `MESSAGES`."""
+
+    def __init__(self, what, hint, code=1, kind=None):
+        super().__init__(what, hint, code)
+        self.kind = kind
+
+
+def diagnose(error):
+    """Return the `Failure` that `error` means, or None if it is not the server that failed.
+
+    A UserError that MLflow has wrapped is returned as it is.
+    """
+    if not isinstance(error, (MlflowException, requests.RequestException)):
+        return error if isinstance(error, UserError) else None
+    causes = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    text = _plain(" ".join(str(cause) for cause in causes))
+    told = [cause for cause in causes if isinstance(cause, UserError)]
+    # MLflow fetches files in threads, and keeps no more than the text of what goes wrong there.
+    told += [stopped for stopped in CREDENTIALS.stopped if _plain(stopped.what) in text]
+    if undocumented.SWALLOWED in text:
+        told += list(CREDENTIALS.stopped)[-1:]
+    return told[0] if told else _broken_connection(causes, text) or _bad_answer(causes, text)
+
+
+def _failure(kind, code=None, **words):
+    words = {"address": printable(mlflow.get_tracking_uri()), **words}
+    what, hint = (line.format(**words) for line in MESSAGES[kind].split("\n"))
+    return Failure(what, hint, code or (TRY_AGAIN if kind in LATER else 1), kind)
+
+
+def _broken_connection(causes, text):
+    """The `Failure` if no answer came at all."""
+
+    def caused_by(*kinds):
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if undocumented.PARTS.search(text):
+        host = re.search(r"host='([^']+)'|https?://([^/'\"]+)", text)
+        return _failure("object_store", host=f" {host[1] or host[2]}" if host else "")
+    # The innermost reason that urllib3 gives, in the operating system's words if there are any.
+    found = re.search(
+        r"nothing within \d+ s|Tunnel connection failed: [^'\")]+|\[Errno -?\d+\] [^'\")]+"
+        r"|certificate verify failed: [^(]+|\[SSL[^]]*\][^(]+"
+        r"|(?:Read|Connection|Connect) (?:to \S+ )?timed out",
+        text,
+    )
+    reason = found[0].strip() if found else text[:160]
+    if caused_by(requests.exceptions.ProxyError):
+        refused = "Tunnel connection failed: 4" in text
+        return _failure("proxy", 1 if refused else TRY_AGAIN, reason=reason)
+    if caused_by(requests.exceptions.SSLError):
+        return _failure("tls", reason=reason)
+    # Before the name: a time limit may have struck while it was looked up.
+    if caused_by(requests.exceptions.Timeout) or "ReadTimeoutError" in text:
+        return _failure("timeout", reason=reason)
+    if "NameResolutionError" in text:
+        code = TRY_AGAIN if "Temporary failure in name resolution" in text else 1
+        return _failure("name", code, reason=reason)
+    if "BadStatusLine" in text:
+        return _failure("no_web_server")
+    dropped = r"RemoteDisconnected|IncompleteRead|ConnectionResetError|BrokenPipeError"
+    if caused_by(requests.exceptions.ChunkedEncodingError) or re.search(dropped, text):
+        return _failure("dropped")
+    if caused_by(requests.exceptions.ConnectionError) and "too many" not in text:
+        return _failure("no_server")
+    return None
+
+
+def _bad_answer(causes, text):
+    """The `Failure` if there was an answer, and a bad one."""
+    try:
+        sent = credential()
+    except UserError:  # a key file that has become unreadable: the last key was sent
+        sent = "X-Api-Key"
+    no_json = (requests.exceptions.JSONDecodeError, requests.exceptions.ContentDecodingError)
+    if any(isinstance(cause, no_json) for cause in causes) or undocumented.NOT_JSON in text:
+        return _failure("web_page", sent=sent)
+    responses = [cause.response for cause in causes if getattr(cause, "response", None) is not None]
+    bodies = list(filter(None, map(undocumented.answered, causes)))
+    found, said = undocumented.STATUS.search(text), undocumented.SAID.search(text)
+    said = _plain(bodies[0].get("message") or bodies[0]) if bodies else said and said[1].strip()
+    if responses:
+        status = responses[0].status_code
+    elif bodies:
+        status = CREDENTIALS.status_of(bodies[0]) or 403
+    elif found:
+        status = int(next(filter(None, found.groups())))
+    else:
+        return None
+    kind = STATUS.get(status) or ("server_error" if status >= 500 else "refused")
+    if 300 <= status < 400 or (status == 400 and "HTTPS port" in text):  # nginx's words
+        kind = "redirect"
+    elif kind == "no_mlflow" and bodies and "error_code" in bodies[0]:  # MLflow's own 404
+        kind = "refused"
+    size = responses and responses[0].request.headers.get("Content-Length")
+    body = f"a request of {int(size) / 1e6:.1f} MB" if size else "so large a request"
+    said = f", and says: {said[:150].rstrip('.')}" if said else ""
+    return _failure(kind, status=status, said=said, sent=sent, body=body)
+
+
+def _plain(text):
+    """Return a server's words in one line, without secrets, escape codes, control characters."""
+    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*)", "", str(text))
+    text = " ".join(text.split())
+    return without_secrets("".join(character for character in text if character.isprintable()))

@@ -1,0 +1,147 @@
+"""Is the server there, is it trusted, and does it accept the credentials? Asked before any work."""
+
+import concurrent.futures
+import contextlib
+import os
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import mlflow
+import requests
+from mlflow.exceptions import MlflowException
+
+from common.errors import UserError
+
+from . import undocumented
+from .address import address, printable
+from .credentials import CREDENTIALS, belongs_to_server, credential, lie_elsewhere
+from .settings import FIRST_REQUESTS, SETTINGS, environment
+from .tls import trust
+
+PATIENCE = 13  # seconds for the first requests together, whatever hangs: names, proxies, servers
+
+
+def connect(tracking_uri=None, ca_bundle=None, experiment=None):
+    """Point MLflow at the server, and make sure that it is there, trusted, and accepts the key.
+
+    The address is `tracking_uri`, else MLFLOW_TRACKING_URI, else the AmSC server if there is an API
+    key, else a local SQLite file. The first line printed says which, and why.
+
+    Raises UserError with what is wrong and what to do about it, and within 15 seconds what MLflow
+    raises if the server fails (`diagnose` makes two lines of that). If `experiment` is given, one
+    of that name that was deleted, or that keeps its artifacts on another server, is wrong too.
+    """
+    uri, reason = address(tracking_uri)
+    settle()
+    mlflow.set_tracking_uri(uri)
+    if uri.startswith("http"):
+        trust(ca_bundle)
+        print(f"tracking {printable(uri)}  ({reason}; {credential()})", flush=True)
+        existing = ask_server(experiment)
+    else:
+        with _prepare_sqlite(uri) if uri.startswith("sqlite") else contextlib.nullcontext():
+            print(f"tracking {printable(uri)}  ({reason})", flush=True)
+            existing = _open_store(uri, experiment)
+    if existing and existing.lifecycle_stage == "deleted":
+        restore = f"mlflow experiments restore -x {existing.experiment_id}"
+        raise UserError(
+            f"the experiment {experiment!r} was deleted, and its name is still taken.",
+            f"{restore}, or choose another --experiment.",
+        )
+    if existing:
+        _check_location(existing.artifact_location)
+
+
+def settle():
+    """Set the MLflow variables, where the user has not, and register the credentials.
+
+    `connect` does that. A process that another has started, and that inherits its variables, needs
+    no more than this, and `trust()`.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Not the user's choice: `requests` would take X-Api-Key along to any host it is sent on to.
+    os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
+    if not sys.stderr.isatty():
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    CREDENTIALS.register()
+
+
+def ask_server(experiment=None):
+    """Return the experiment if it exists; raise what MLflow raises, within `PATIENCE`.
+
+    In a thread that can be left behind: the time limit of `requests` counts anew for each address
+    of a name, and does not count at all while the name is looked up.
+    """
+    answer = concurrent.futures.Future()
+
+    def ask():
+        try:
+            answer.set_result(_look_up(experiment))
+        except BaseException as error:  # noqa: BLE001 (handed over: `result` raises it again)
+            answer.set_exception(error)
+
+    with environment(**FIRST_REQUESTS):
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            return answer.result(PATIENCE)
+        except concurrent.futures.TimeoutError:
+            raise requests.exceptions.Timeout(f"nothing within {PATIENCE} s") from None
+
+
+def _look_up(experiment):
+    client = mlflow.MlflowClient()
+    client.search_experiments(max_results=1)
+    return client.get_experiment_by_name(experiment) if experiment else None
+
+
+def _check_location(location):
+    """Raise UserError if artifacts there belong to another server, which would get the key."""
+    parts, own = urlsplit(location), urlsplit(mlflow.get_tracking_uri()).scheme
+    if parts.scheme == "mlflow-artifacts" and not parts.netloc:  # of whichever server it is
+        if not own.startswith("http"):
+            what = f"the artifacts go through a tracking server, {location}; this is its database."
+            raise UserError(what, "give the server's address, or choose another --experiment.")
+    elif parts.scheme in ("http", "https", "mlflow-artifacts"):
+        url = location.replace("mlflow-artifacts:", f"{own}:", 1)
+        if not belongs_to_server(url):
+            raise lie_elsewhere(location)
+
+
+def _prepare_sqlite(uri):
+    """Check that the file can be made, and keep its artifacts beside it.
+
+    Returns a context in which no other script opens the file: two that make its tables at the same
+    moment (a job array, say) would get in each other's way, and one of them fail.
+    """
+    path = Path(unquote(urlsplit(uri).path[1:])).absolute()
+    try:
+        file = path.open("a+b")
+    except OSError as error:
+        raise UserError(
+            f"the local store {path} cannot be written: {error.strerror}.",
+            "change to a folder of your own, or give --tracking_uri sqlite:////PATH/mlflow.db",
+        ) from error
+    file.seek(0)
+    if file.read(16) not in (b"", b"SQLite format 3\0"):
+        raise UserError(f"{path} is no SQLite database.", "give another --tracking_uri.")
+    os.environ[undocumented.ARTIFACT_ROOT] = (path.parent / "mlruns").as_uri()
+    with contextlib.suppress(ImportError, OSError):  # Windows; a mount without such locks
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+    return file
+
+
+def _open_store(uri, experiment):
+    """Return the experiment of a database if it exists; or raise UserError."""
+    try:
+        return _look_up(experiment)
+    except (ImportError, MlflowException) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the store {printable(uri)} cannot be opened: {text}.",
+            "is it from a newer MLflow, or is a database's driver to be installed with pip?",
+        ) from error

@@ -1,0 +1,24 @@
+"""What a file that is damaged, or made to do harm, raises when it is read, and how to say so."""
+
+import pickle
+import struct
+import zipfile
+
+# Everything that was seen when such files were read: texts, archives of something else, files cut
+# short, random bytes, pickles that want to run code. An error of the system (OSError) is not one.
+DAMAGED = (AssertionError, AttributeError, EOFError, LookupError, MemoryError, OverflowError)
+DAMAGED += (RuntimeError, SyntaxError, TypeError, ValueError, pickle.UnpicklingError)
+DAMAGED += (struct.error, zipfile.BadZipFile)
+
+
+def require(condition, problem):
+    """Raise ValueError, which says what the problem is, unless the condition holds."""
+    if not condition:
+        raise ValueError(problem)
+
+
+def reason(error):
+    """Return the first words of an error's text, which may be long and hold anything."""
+    text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    text = text.strip().split("\n")[0][:200].rstrip(". ")
+    return text if text and text.isprintable() else type(error).__name__

@@ -1,0 +1,209 @@
+"""Is the JSON in a `.pt2` archive harmless? PyTorch writes Python source with its texts.
+
+Only what the schema of PyTorch knows may be there, and each text has to look as its field demands.
+"""
+
+import ast
+import functools
+import json
+import re
+import typing
+from dataclasses import is_dataclass
+from enum import IntEnum
+
+import torch
+
+# Private to PyTorch: the form of the JSON. If it changes, models are refused, and this file and
+# `PROGRAM_VERSION` have to learn the new form.
+from torch._export.serde import schema
+
+from .damage import require
+from .layout import PROGRAM_VERSION
+
+NAME = re.compile(r"((?!__)[A-Za-z_]\w*)?", re.ASCII)
+PATH = re.compile(r"((?!__)\w[\w-]*(\.(?!__)\w[\w-]*)*)?(@\d+)?", re.ASCII)
+WORDS = re.compile(r"[\w ,.>-]*", re.ASCII)  # arguments such as "mean" and "bij,bjk->bik"
+ANYTHING = re.compile(r".*", re.DOTALL)  # stored beside a node, and never evaluated
+TEXTS = {  # by field; others are a NAME
+    **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "fqn"), PATH),
+    **dict.fromkeys(("as_string", "as_strings"), WORDS),
+    **dict.fromkeys(("metadata", "torch_version"), ANYTHING),
+    "path_name": re.compile(r"(weight|tensor)_\d+", re.ASCII),
+    "type": re.compile(r"cpu|cuda|xpu|mps"),
+}
+METADATA = {"stack_trace", "nn_module_stack", "torch_fn"}  # PyTorch looks up what others name
+FORBIDDEN = {"as_graph", "as_operator", "as_custom_obj", "custom_obj", "custom_obj_values"}
+# Variables of the source that PyTorch writes, and attributes of the module that it builds: a tensor
+# of that name would take their place, a weight of that path would be the attribute.
+VARIABLES = {"self", "torch", "device", "inf", "nan", "math", "getattr", "pytree", "fx_pytree"}
+ATTRIBUTES = set(dir(torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())))
+
+# What a node may do: PyTorch's own operations on tensors and numbers, and arithmetic on sizes; but
+# not what opens files, or trusts indices so that odd ones would read and write other memory.
+OPERATION = re.compile(
+    r"torch\.ops\.aten\.([a-z]\w*|_assert_tensor_metadata|_weight_norm|__(?:and|or|xor)__)"
+    r"\.([A-Za-z]\w*)"
+)
+REFUSED = re.compile(r"from_file|save|\w*_backward\w*|ctc_loss|segment_reduce|sparse_\w+|to_dense")
+PLAIN = re.compile(
+    r"((Optional|List)\[)*(Tensor|number|int|float|bool|complex|str|Device|Generator)\]*"
+)
+OTHER_TARGETS = {
+    "math.trunc",
+    *(f"torch.sym_{name}" for name in ("float", "int", "ite", "max", "min", "not", "sqrt")),
+    *(f"_operator.{name}" for name in ("add", "floordiv", "mod", "mul", "neg", "pos", "sub")),
+    *(f"_operator.{name}" for name in ("truediv", "eq", "ge", "gt", "le", "lt", "ne", "and_")),
+    "_operator.or_",
+}
+
+# Sizes that depend on the input: "Mul(Integer(2), Symbol('s77', positive=True, integer=True))" in a
+# tensor's shape, and "L['x'].size()[0] >= 2" in a guard.
+FUNCTIONS = {
+    *("Add", "Mul", "FloorDiv", "CleanDiv", "CeilDiv", "Mod", "PythonMod", "ModularIndexing"),
+    *("Max", "Min", "Integer", "Equality", "Unequality", "GreaterThan", "LessThan"),
+    *("StrictGreaterThan", "StrictLessThan", "And", "Or", "Not"),
+}
+# Both PyTorch and sympy change a text before they evaluate it: they take out line breaks, say. With
+# these characters nothing changes its meaning.
+CHARACTERS = re.compile(r"[\w .,()\[\]'<>=!+*/%-]{1,2000}", re.ASCII)
+MOST_CALLS = 30  # in the size of a tensor; sympy takes minutes over a hundred
+OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.USub, ast.Not, ast.boolop)
+
+CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+
+
+def check_config(config):
+    """Raise unless an archive's list of weights or constants names tensors alone."""
+    _check_json(schema.PayloadConfig, config)
+    for name, entry in config["config"].items():
+        require(entry["use_pickle"] is False, f"{name} is a pickle")
+        require(entry["tensor_meta"] is not None, f"{name} is no tensor")
+
+
+def check_program(program):
+    """Raise unless an archive's program calls nothing but operations on tensors and sizes."""
+    version = program["schema_version"]["major"]
+    known = version == PROGRAM_VERSION == schema.SCHEMA_VERSION[0]
+    require(known, f"its schema {version} is not known")
+    _check_json(schema.ExportedProgram, program)
+
+
+def _check_json(kind, value, field=""):
+    """Raise unless `value` has the type `kind` of PyTorch's schema, and harmless texts in it."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        known = _fields(kind)
+        for name, inner in _typed(value, dict, field).items():
+            require(name in known, f"it has an unknown field {name!r}")
+            require(name not in FORBIDDEN or not inner, f"it uses {name}")
+            _check_json(known[name], inner, name)
+    elif type(None) in parts:
+        if value is not None:
+            _check_json(next(part for part in parts if part is not type(None)), value, field)
+    elif origin is list:
+        for inner in _typed(value, list, field):
+            _check_json(parts[0], inner, field)
+    elif origin is dict:
+        for key, inner in _typed(value, dict, field).items():
+            require(_allowed(key, field), f"it has an unknown entry {key!r} in {field}")
+            _check_json(parts[1], inner, field)
+    elif kind is str:
+        _check_text(_typed(value, str, field), field)
+    elif issubclass(kind, IntEnum):
+        kind(_typed(value, int, field))
+    elif kind is float:
+        infinite = value in ("Infinity", "-Infinity", "NaN")
+        require(infinite or type(value) in (int, float), f"{field} is odd")
+    else:
+        require(type(value) is kind, f"{field} is odd")
+
+
+def _allowed(key, field):
+    if field == "metadata":
+        return key in METADATA
+    if field == "range_constraints":
+        return re.fullmatch(r"[a-z]{1,4}\d{1,5}", key)
+    if field == "config":
+        return PATH.fullmatch(key) and not ATTRIBUTES & set(key.split("."))
+    return PATH.fullmatch(key) and not (field.endswith("_values") and key in VARIABLES)
+
+
+@functools.cache
+def _fields(kind):
+    return typing.get_type_hints(kind, vars(schema))
+
+
+def _check_text(text, field):
+    if field in ("expr_str", "guards_code"):
+        require(CHARACTERS.fullmatch(text), f"{field} is {text!r}")
+        require(field == "guards_code" or text.count("(") <= MOST_CALLS, f"{field} is too long")
+        require(_arithmetic(ast.parse(text, mode="eval").body), f"{field} is {text!r}")
+    elif field in ("in_spec", "out_spec"):
+        version, spec = json.loads(text)
+        require(version == 1, "its containers are of an unknown kind")
+        _check_container(spec)
+    elif field == "target":
+        require(text in OTHER_TARGETS or _on_tensors(text), f"it calls {text}")
+    else:
+        require(TEXTS.get(field, NAME).fullmatch(text), f"{field} is {text!r}")
+
+
+def _check_container(spec):
+    """Raise unless inputs or outputs come as nested tuples, lists and dicts with plain keys."""
+    require(spec["type"] is None or spec["type"] in CONTAINERS, f"it holds {spec['type']}")
+    keys = json.loads(spec["context"]) if spec["context"] is not None else None
+    for key in _typed(keys, list, "context") if keys is not None else []:
+        require(type(key) is int or NAME.fullmatch(key), f"it has a key {key!r}")
+    for child in spec["children_spec"]:
+        _check_container(child)
+
+
+def _on_tensors(target):
+    found = OPERATION.fullmatch(target)
+    if not found or REFUSED.fullmatch(found[1]):
+        return False
+    operation = getattr(getattr(torch.ops.aten, found[1]), found[2])
+    types = [str(argument.type) for argument in operation._schema.arguments]
+    return all(map(PLAIN.fullmatch, types))
+
+
+def _arithmetic(node):
+    """Return whether an expression is integer arithmetic on the sizes of the input."""
+    match node:
+        case ast.Constant():
+            return type(node.value) in (int, bool)
+        case ast.Name():
+            return NAME.fullmatch(node.id) is not None
+        case ast.Call(ast.Name("Symbol"), [ast.Constant(str(name))], keywords):
+            values = [keyword.value for keyword in keywords]
+            return bool(NAME.fullmatch(name)) and all(map(_arithmetic, values))
+        case ast.Call(ast.Name(name), arguments, []):
+            return name in FUNCTIONS and all(map(_arithmetic, arguments))
+        case ast.Call(ast.Attribute(ast.Name("torch"), name), arguments, []):
+            return f"torch.{name}" in OTHER_TARGETS and all(map(_arithmetic, arguments))
+        case ast.Subscript(ast.Call(ast.Attribute(tensor, "size"), [], []), ast.Constant(int())):
+            return _is_input(tensor)
+        case ast.BinOp(left, operator, right):
+            return isinstance(operator, OPERATORS) and _arithmetic(left) and _arithmetic(right)
+        case ast.UnaryOp(operator, operand):
+            return isinstance(operator, OPERATORS) and _arithmetic(operand)
+        case ast.BoolOp(_, values):
+            return all(map(_arithmetic, values))
+        case ast.Compare(left, _, others):
+            return all(map(_arithmetic, (left, *others)))
+    return False
+
+
+def _is_input(node):
+    """Return whether `node` is an input, such as L['x'] or L['x'][0]['y']."""
+    match node:
+        case ast.Name("L"):
+            return True
+        case ast.Subscript(outer, ast.Constant(key)):
+            return (type(key) is int or NAME.fullmatch(key) is not None) and _is_input(outer)
+    return False
+
+
+def _typed(value, kind, field):
+    require(type(value) is kind, f"{field or 'it'} is no {kind.__name__}")
+    return value

@@ -1,0 +1,32 @@
+"""Training a classifier in PyTorch, on one device or in several processes; MNIST as its example.
+
+To use it in a project of your own, copy this folder, common/errors.py and an empty
+common/__init__.py. A network and tensors of your own then take these calls:
+
+    import torch
+    from common import training
+
+    x, y = torch.rand(500, 8), torch.randint(3, (500,))  # rows of a table, or images as uint8
+    network = torch.nn.Linear(8, 3)
+    optimizer = torch.optim.Adam(network.parameters())
+    training.train_epoch(network, optimizer, x, y, 64, torch.Generator())
+    print(training.evaluate(network.eval(), x, y).accuracy)
+
+`epochs` does both for a number of epochs; for several processes, call `join` first.
+
+data.py and networks.py are about MNIST, and device.py stands alone: leave out what you do not need,
+and its two lines below. loop.py needs processes.py, which needs launchers.py.
+"""
+
+from .data import Split, hold_out, load_data
+from .device import best_device, best_precision
+from .launchers import World
+from .loop import Epoch, Evaluation, epochs, evaluate, train_epoch
+from .networks import MNISTCNN, PIXEL_MEAN, PIXEL_STD, input_example, pip_requirements
+from .processes import another_ended, follow, in_turn, join, leave
+
+__all__ = ["World", "another_ended", "follow", "in_turn", "join", "leave"]
+__all__ += ["Epoch", "Evaluation", "epochs", "evaluate", "train_epoch"]
+__all__ += ["best_device", "best_precision"]
+__all__ += ["Split", "hold_out", "load_data"]
+__all__ += ["MNISTCNN", "PIXEL_MEAN", "PIXEL_STD", "input_example", "pip_requirements"]

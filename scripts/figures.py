@@ -1,0 +1,59 @@
+"""Figures, returned and never written: the caller hands them to `mlflow.log_figure`.
+
+They are built without pyplot, so no screen is needed, no window opens, and nothing stays in memory.
+"""
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+
+def curves_figure(curves, title, ylabel):
+    """Return a figure of curves over the epochs: `curves` is {label: [(epoch, value), ...]}."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (label, points) in enumerate(curves.items()):
+        line = ("-", "--", ":", "-.")[i // 10 % 4]  # the colours repeat after ten curves
+        axes.plot(*zip(*points, strict=True), line, marker="o", markersize=4, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(title=title, xlabel="epoch", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    if len(curves) <= 4:
+        axes.legend()
+    else:  # beside the axes, where it covers no curve
+        figure.set_size_inches(11, 6)
+        columns = -(-len(curves) // 24)
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
+    return figure
+
+
+def search_figure(trials, scores, parameters, title, ylabel):
+    """Return a figure of a hyperparameter search: the scores by trial, then against each setting.
+
+    `trials` are the numbers of the N trials, `scores` their N scores (more is better), `parameters`
+    is {name: N values}. Settings that span a factor of 20 or more get a logarithmic axis.
+    """
+    columns = len(parameters) + 1
+    figure = Figure(figsize=(3.6 * columns, 4), layout="constrained")
+    panels = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    best = [max(scores[: i + 1]) for i in range(len(scores))]
+    panels[0].step(trials, best, where="post", color="tab:orange", label="best so far")
+    panels[0].xaxis.get_major_locator().set_params(integer=True)
+    panels[0].legend()
+    for axes, (name, values) in zip(panels, {"trial": trials, **parameters}.items(), strict=True):
+        axes.scatter(values, scores, color="tab:blue")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+        if name == "trial":
+            continue
+        if min(values) > 0 and max(values) / min(values) >= 20:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())  # or their labels overlap
+        elif all(isinstance(value, int) for value in values) and len(set(values)) <= 6:
+            axes.set_xticks(sorted(set(values)))  # few values: a tick for each
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+    panels[0].set_ylabel(ylabel)
+    figure.suptitle(title)
+    return figure

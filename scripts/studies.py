@@ -1,0 +1,84 @@
+"""An Optuna study that several processes work on, one after another or at the same time.
+
+The first process creates the study, the others join it, and each one finds the MLflow run that the
+study belongs to.
+"""
+
+import contextlib
+import os
+import time
+
+import mlflow
+import optuna
+import sqlalchemy
+from mlflow.exceptions import MlflowException
+
+from common.errors import UserError
+
+
+def join(storage, name, settings):
+    """Return (the study, the id of its parent run, or None if this process has to start that run).
+
+    Raises UserError if the study was begun with other `settings`, or cannot be opened.
+    """
+    # Of two processes that create the study at the same moment, one succeeds here.
+    try:
+        study = optuna.create_study(
+            storage=open_storage(storage), study_name=name, direction="maximize"
+        )
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(storage=open_storage(storage), study_name=name)
+        deadline = time.monotonic() + 60
+        while "parent_run_id" not in study.user_attrs and time.monotonic() < deadline:
+            time.sleep(1)  # the other process is about to start the parent run
+    begun_with = study.user_attrs.get("settings", settings)
+    if begun_with != settings:
+        raise UserError(
+            f"the study {name!r} was begun with other settings, {begun_with}, and its trials could "
+            "not be compared with new ones.",
+            "give the same, or another --study.",
+        )
+    study.set_user_attr("settings", settings)
+    return study, study.user_attrs.get("parent_run_id")
+
+
+def open_storage(storage):
+    """Return Optuna's storage: a database, or a log file, which a shared filesystem can hold."""
+    shown = storage
+    try:
+        if "://" in storage:
+            shown = sqlalchemy.engine.make_url(storage).render_as_string()  # hides the password
+            return optuna.storages.RDBStorage(storage)
+        backend = optuna.storages.journal.JournalFileBackend(storage)
+        return optuna.storages.JournalStorage(backend)
+    except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).partition(" (Background")[0][:200]
+        raise UserError(
+            f"the study cannot be kept in {shown!r}: {reason}",
+            "--storage takes sqlite:///FILE, the address of a database, or a path, all in a folder "
+            "that exists.",
+        ) from error
+
+
+def finished_trials(study):
+    """Return the complete and the pruned trials; interrupted ones do not count."""
+    return study.get_trials(
+        deepcopy=False, states=(optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    )
+
+
+def end_half_open_child(experiment_id, parent_run_id, run_name):
+    """Mark a child run as KILLED that was being opened or closed when a signal arrived.
+
+    The run is in the store then, but `always_ended` is not active yet, or no longer.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    with contextlib.suppress(MlflowException):
+        for run in mlflow.search_runs(
+            experiment_ids=[experiment_id],
+            filter_string=f"tags.mlflow.parentRunId = '{parent_run_id}' AND "
+            f"attributes.run_name = '{run_name}' AND attributes.status = 'RUNNING'",
+            output_format="list",
+        ):
+            mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")

@@ -1,0 +1,160 @@
+"""A tracking server that cannot be used: two lines and an exit code, before any work is done."""
+
+import mlflow
+import pytest
+from conftest import KEY, run
+from gateway import Gateway
+
+from common import connection
+from common.errors import UserError
+
+SECONDS = 100  # MLflow by itself would take longer; on a busy machine, importing it takes most
+
+
+def fails(script, *arguments, cwd, code=1, **variables):
+    """Run a script that must fail with a message and no traceback; return the message."""
+    finished = run(script, *arguments, cwd=cwd, code=code, timeout=SECONDS, **variables)
+    assert "Traceback" not in finished.err
+    assert "\nhint:  " in finished.error
+    return finished.error
+
+
+def train(*arguments, cwd, **variables):
+    return fails("train_mnist_mlflow.py", "--dataset", "digits", *arguments, cwd=cwd, **variables)
+
+
+# The tracking server
+
+
+def test_amsc_server_without_key(tmp_path):
+    """No request is made: this passes on a machine without a network."""
+    uri = "https://mlflow.american-science-cloud.org"
+    error = train("--tracking_uri", uri, cwd=tmp_path)
+    assert "AM_SC_API_KEY is not set" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_server_not_there(tmp_path):
+    error = train(code=75, cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert "no server answers at http://127.0.0.1:9" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_certificate_not_trusted(box, tmp_path):
+    variables = {"MLFLOW_TRACKING_URI": box.uri, "AM_SC_API_KEY": KEY}
+    error = train(cwd=tmp_path, **variables)
+    assert "no trusted TLS connection" in error and "--ca_bundle" in error
+    assert box.requests == []
+
+
+@pytest.mark.slow
+def test_empty_certificate_path_does_not_switch_verification_off(box, tmp_path):
+    variables = {"MLFLOW_TRACKING_URI": box.uri, "MLFLOW_TRACKING_SERVER_CERT_PATH": ""}
+    error = train(cwd=tmp_path, **variables)
+    assert "no trusted TLS connection" in error
+
+
+@pytest.mark.slow
+def test_ca_bundle_that_is_none(box, tmp_path):
+    (tmp_path / "ca.pem").write_text("no certificate")
+    for name in ("ca.pem", "missing.pem"):
+        error = train("--ca_bundle", name, cwd=tmp_path, MLFLOW_TRACKING_URI=box.uri)
+        assert "no PEM certificates" in error and name in error
+
+
+@pytest.mark.slow
+def test_insecure_and_ca_bundle_contradict(box, tls, tmp_path):
+    error = train(
+        "--ca_bundle",
+        tls[1],
+        cwd=tmp_path,
+        MLFLOW_TRACKING_URI=box.uri,
+        MLFLOW_TRACKING_INSECURE_TLS="true",
+    )
+    assert "contradicts" in error
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("localhost:5000", "file:///tmp/mlruns", "ftp://host", "mlruns", "SQLITE:///mlflow.db"),
+        *("https://:pa55word@host", "http+unix://x", "https://a..b", "https://a\nb"),
+        *("http://[abc", "http://127.0.0.1:abc", "http://a b", "http://host/?token=secret"),
+        *("sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://mlflow.db"),
+    ],
+)
+def test_address_of_no_server(uri, tmp_path):
+    """In this process: a script for each would take long. The one below shows that scripts ask."""
+    with pytest.raises(UserError, match="the tracking address") as raised:
+        connection.connect(uri)
+    assert "secret" not in str(raised.value) and "pa55word" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_scripts_refuse_an_address_of_no_server(tmp_path):
+    assert "the tracking address" in train("--tracking_uri", "ftp://host", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_registry_on_another_server_does_not_get_the_key(server, tmp_path):
+    with Gateway(server, KEY) as other:
+        error = train(
+            cwd=tmp_path,
+            MLFLOW_TRACKING_URI=server,
+            MLFLOW_REGISTRY_URI=other.uri,
+            AM_SC_API_KEY=KEY,
+        )
+    assert "MLFLOW_REGISTRY_URI names another server" in error
+    assert other.requests == []
+
+
+@pytest.mark.slow
+def test_artifacts_on_another_server_do_not_get_the_key(tmp_path):
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client.create_experiment("far", artifact_location="mlflow-artifacts://far.example/1")
+    error = train("--experiment", "far", cwd=tmp_path)
+    assert "the artifacts lie on another server, mlflow-artifacts://far.example/1" in error
+
+
+@pytest.mark.slow
+def test_run_id_in_the_environment_is_not_written_into(local):
+    error = train(cwd=local.folder, MLFLOW_RUN_ID=local.run_id)
+    assert f"MLflow would write into the run {local.run_id} again" in error
+
+
+@pytest.mark.slow
+def test_password_in_the_address_is_refused_and_not_printed(tmp_path):
+    finished = run(
+        *("train_mnist_mlflow.py", "--tracking_uri", "https://me:pa55word@host.invalid"),
+        cwd=tmp_path,
+        code=1,
+    )
+    assert "MLFLOW_TRACKING_PASSWORD" in finished.error
+    assert "pa55word" not in finished.out + finished.err
+
+
+def test_key_that_no_header_can_carry(server, tmp_path):
+    error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=server, AM_SC_API_KEY="two\nlines-of-key")
+    assert "no header can carry it" in error and "lines-of-key" not in error
+
+
+@pytest.mark.slow
+def test_local_store_in_a_folder_that_is_not_there(tmp_path):
+    error = train("--tracking_uri", f"sqlite:///{tmp_path}/missing/mlflow.db", cwd=tmp_path)
+    assert "cannot be written" in error and "missing" in error
+
+
+@pytest.mark.slow
+def test_local_store_that_is_no_database(tmp_path):
+    (tmp_path / "mlflow.db").write_text("this is no database" * 100)
+    assert "mlflow.db is no SQLite database" in train(cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_deleted_experiment(local, tmp_path):
+    client = mlflow.MlflowClient(local.uri)
+    client.delete_experiment(client.create_experiment("deleted one"))
+    error = train("--experiment", "deleted one", "--tracking_uri", local.uri, cwd=tmp_path)
+    assert "was deleted" in error

@@ -1,0 +1,268 @@
+"""The key and the token go to the tracking server only: everything else is searched for them."""
+
+import os
+import sys
+import urllib.request
+
+import mlflow
+import pytest
+import requests
+from conftest import ROOT, clean_environment, free_port, mlflow_server, run, serving
+from gateway import Gateway
+
+from common import connection
+from common.connection.credentials import Credentials
+
+pytestmark = pytest.mark.slow
+
+KEY = "key-to-search-for-0123456789"
+TOKEN = "token-to-search-for-0123456789"
+
+
+def found_in(folder):
+    """The files below a folder that hold a secret. Weights lie uncompressed in their archives."""
+    secrets = (KEY.encode(), TOKEN.encode())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if any(secret in path.read_bytes() for secret in secrets)]
+
+
+def test_the_search_would_find_one(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "file").write_bytes(b"\0..." + KEY.encode() + b"...")
+    assert found_in(tmp_path) == [tmp_path / "deep" / "file"]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, tls):
+    """All five scripts and the check through a box, well and badly: (folder, outputs, gateways).
+
+    Everything that is written is below one folder: the server's database, artifacts and log, the
+    working directory, the home directory, TMPDIR, the shared filesystem.
+    """
+    import torch
+
+    from common import training
+
+    folder = tmp_path_factory.mktemp("scene")
+    for name in ("server", "work", "home", "tmp"):
+        (folder / name).mkdir()
+    torch.save(training.MNISTCNN().state_dict(), folder / "work" / "weights.pth")
+    digits = ("--dataset", "digits")
+    outputs = []
+
+    def script(name, *arguments, **extra):
+        finished = run(name, *arguments, cwd=folder / "work", **variables | extra)
+        outputs.append(finished.out + finished.err)
+        return finished.result if finished.code == 0 else None
+
+    with (
+        mlflow_server(folder / "server") as uri,
+        Gateway(uri, KEY, tls=tls[0]) as box,
+        Gateway(uri, None) as elsewhere,
+    ):
+        variables = {
+            "MLFLOW_TRACKING_URI": box.uri,
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(tls[1]),
+            "AM_SC_API_KEY": KEY,
+            "MLFLOW_TRACKING_TOKEN": TOKEN,
+            "HOME": str(folder / "home"),
+            "TMPDIR": str(folder / "tmp"),
+            "MLFLOW_LOGGING_LEVEL": "DEBUG",
+        }
+        run_id = script("train_mnist_mlflow.py", *digits, "--register")["run_id"]
+        script("register_and_inference.py", "--run_id", run_id)
+        script("upload_external_model.py", "--model_path", "weights.pth", *digits)
+        target = ("--target_path", folder / "shared")
+        run_id = script("Modify_artifact_location.py", *digits, *target)["run_id"]
+        script("Modify_artifact_location_register_inference.py", "--run_id", run_id)
+        box.body_limit = 1_500_000
+        script("scripts/check_connection.py")
+        # Badly: an error page that repeats the request's headers, first and in the middle.
+        box.fault = "echo"
+        script("scripts/check_connection.py", code=21)
+        box.fault_on = lambda method, path: "log-batch" in path
+        script("train_mnist_mlflow.py", *digits, code=1)
+        box.fault, box.redirect_to = "redirect", elsewhere.uri
+        script("train_mnist_mlflow.py", *digits, code=1)
+    return folder, outputs, box, elsewhere
+
+
+def test_every_request_carries_the_key(scene):
+    _, _, box, _ = scene
+    assert box.requests
+    assert [r.path for r in box.requests if r.headers.get("x-api-key") != KEY] == []
+
+
+def test_nothing_that_was_printed_holds_a_secret(scene):
+    _, outputs, _, _ = scene
+    assert outputs
+    assert sum("<secret>" in text for text in outputs) == 2, "the error pages were not repeated"
+    for text in outputs:
+        assert KEY not in text and TOKEN not in text
+
+
+def test_nothing_that_was_written_holds_a_secret(scene):
+    folder, _, _, _ = scene
+    names = {path.name for path in folder.rglob("*")}
+    assert {"mlflow.db", "server.log", "model.pt2", "MLmodel", "confusion_matrix.png"} <= names
+    assert found_in(folder) == []
+
+
+def test_nothing_was_sent_to_where_a_redirect_leads(scene):
+    assert scene[3].requests == []
+
+
+def test_no_traceback_holds_a_secret(tmp_path):
+    """Of an error that nobody expected; here one whose text is the secrets."""
+    script = tmp_path / "unexpected.py"
+    script.write_text(
+        "import os, sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from common import cli\n"
+        "def main():\n"
+        "    import mlflow\n"
+        "    raise ValueError(os.environ['AM_SC_API_KEY'] + os.environ['MLFLOW_TRACKING_TOKEN'])\n"
+        "cli.run(main)\n"
+    )
+    variables = {"AM_SC_API_KEY": KEY, "MLFLOW_TRACKING_TOKEN": TOKEN}
+    finished = run(script, ROOT, cwd=tmp_path, code=1, **variables)
+    assert "Traceback" in finished.err and "ValueError: <secret><secret>" in finished.err
+
+
+def test_what_servers_repeat_is_struck_out(monkeypatch):
+    """Keys before the present one, too; quoted as HTML and JSON; a password in Basic's code."""
+    sender = Credentials()
+    monkeypatch.setattr("common.connection.credentials.CREDENTIALS", sender)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "https://127.0.0.1:9")
+
+    def send(key):
+        monkeypatch.setenv("AM_SC_API_KEY", key)
+        sender(requests.Request("GET", "https://127.0.0.1:9/").prepare())
+
+    send("first&key-0123")
+    send("second-key-0123")
+    monkeypatch.delenv("AM_SC_API_KEY")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pa55word")
+    text = "first&key-0123 first&amp;key-0123 second-key-0123 pa55word Basic bWU6cGE1NXdvcmQ= seen"
+    shown = connection.without_secrets(text)
+    assert shown == "<secret> <secret> <secret> <secret> Basic <secret> seen"
+    send("e")
+    assert connection.without_secrets("these") == "these"
+
+
+def test_artifacts_of_a_new_experiment_elsewhere_do_not_get_the_key(tls, tmp_path):
+    """The server decides where a new experiment keeps its files; here, on another server."""
+    with (
+        Gateway("http://127.0.0.1:9", None, tls=tls[0]) as elsewhere,
+        mlflow_server(
+            tmp_path,
+            *("--default-artifact-root", elsewhere.uri.replace("https", "mlflow-artifacts")),
+        ) as server,
+        Gateway(server, KEY, tls=tls[0]) as box,
+    ):
+        variables = {
+            "MLFLOW_TRACKING_URI": box.uri,
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(tls[1]),
+            "AM_SC_API_KEY": KEY,
+        }
+        train = ("train_mnist_mlflow.py", "--dataset", "digits")
+        finished = run(*train, cwd=tmp_path, code=1, **variables)
+        assert "the artifacts lie on another server" in finished.error
+        finished = run("scripts/check_connection.py", cwd=tmp_path, code=31, **variables)
+        assert "the artifacts lie on another server" in finished.error
+        assert box.requests and elsewhere.requests == []
+
+
+# An object store behind the server: large files go to it in parts, past the gateway.
+
+
+@pytest.fixture(scope="module")
+def object_store(tmp_path_factory):
+    """A stand-in for S3, behind a gateway that lets everything in and records it."""
+    folder, port = tmp_path_factory.mktemp("s3"), free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with (
+        serving(command, folder, clean_environment(), f"{url}/moto-api/", folder / "log"),
+        Gateway(url, None, body_limit=1 << 40) as store,
+    ):
+        bucket = urllib.request.Request(f"{store.uri}/models", method="PUT")
+        urllib.request.urlopen(bucket).close()
+        yield store
+
+
+@pytest.fixture(scope="module")
+def s3_server(object_store, tmp_path_factory):
+    variables = {
+        "MLFLOW_S3_ENDPOINT_URL": object_store.uri,
+        "AWS_ACCESS_KEY_ID": "store",
+        "AWS_SECRET_ACCESS_KEY": "store-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with mlflow_server(
+        tmp_path_factory.mktemp("s3"), artifacts="s3://models/art", **variables
+    ) as uri:
+        yield uri
+
+
+@pytest.fixture
+def s3_box(s3_server, object_store, tls):
+    """(gateway, variables to export) of a server that offers multipart upload."""
+    with Gateway(s3_server, KEY, tls=tls[0], body_limit=2_000_000) as box:
+        variables = {
+            "MLFLOW_TRACKING_URI": box.uri,
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": str(tls[1]),
+            "AM_SC_API_KEY": KEY,
+            "MLFLOW_TRACKING_TOKEN": TOKEN,
+        }
+        yield box, variables
+    object_store.fault = None
+
+
+def test_model_beyond_the_limit_goes_in_parts_without_the_key(s3_box, object_store, tmp_path):
+    """The limit is put below the size of the model here, and so is where parts begin."""
+    box, variables = s3_box
+    before = len(object_store.requests)
+    finished = run(
+        *("train_mnist_mlflow.py", "--dataset", "digits", "--register"),
+        cwd=tmp_path,
+        MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE="1000000",
+        **variables,
+    )
+    assert finished.result["alias"] == "production"
+    assert not [r for r in box.requests if r.status == 413]
+    assert max(r.size for r in box.requests) < 2_000_000
+    from_client = [r for r in object_store.requests[before:] if "Signature=" in r.path]
+    assert max(r.size for r in from_client if r.method == "PUT") > 2_000_000
+    assert any(r.method == "GET" for r in from_client), "loading went past the gateway, too"
+    for request in from_client:
+        assert "x-api-key" not in request.headers
+        assert TOKEN not in str(request) and KEY not in str(request)
+
+
+def test_check_uploads_in_parts(s3_box, object_store, tmp_path):
+    _, variables = s3_box
+    finished = run("scripts/check_connection.py", cwd=tmp_path, **variables)
+    store = object_store.uri.removeprefix("http://")
+    assert finished.result["multipart"] == f"works; the parts go to {store}"
+    assert finished.result["body_limit"].startswith("2 MB pass, 3 MB do not")
+
+
+def test_object_store_that_takes_no_parts(s3_box, object_store, tmp_path):
+    box, variables = s3_box
+    object_store.fault = "403"
+    object_store.fault_on = lambda method, path: "partNumber" in path
+    finished = run(
+        *("train_mnist_mlflow.py", "--dataset", "digits"),
+        cwd=tmp_path,
+        code=1,
+        MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE="1000000",
+        **variables,
+    )
+    assert "the object store 127.0.0.1" in finished.error
+    assert "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false" in finished.error
+    check = run("scripts/check_connection.py", cwd=tmp_path, code=27, **variables)
+    assert check.result["multipart"] == "FAILED, exit code 27"
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,316 @@
+"""How runs end, and what is promoted: no zombie, no alias on a model that was not checked."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import mlflow
+import pytest
+from conftest import KEY, ROOT, clean_environment, run, training_process, wait_for_line
+from gateway import Gateway
+
+from common import runs
+
+FOR_HOURS = ("--epochs", "10000")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
+def test_signal_ends_the_run_as_killed(number, code, tmp_path):
+    """SIGTERM is what a batch system sends; Ctrl-C what a user does."""
+    with training_process(tmp_path, *FOR_HOURS) as process:
+        wait_for_line(process, "epoch 2/")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"stopped by {number.name}; the run is marked KILLED" in err
+    assert "Traceback" not in err
+    (logged,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert logged.info.status == "KILLED"
+    assert logged.info.end_time
+    assert logged.data.metrics["val_accuracy"] > 0
+
+
+def test_signal_while_python_cleans_up_is_not_lost(tmp_path):
+    """Python swallows what a destructor raises, and SQLAlchemy has many that take a while."""
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(client.tracking_uri)
+
+    class Object:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    try:
+        with pytest.raises(SystemExit) as stopped, mlflow.start_run() as run, runs.always_ended():
+            Object()
+            time.sleep(10)
+            raise AssertionError("the signal is lost")
+    finally:
+        mlflow.set_tracking_uri(None)
+        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stopped.value.code == 143 and sys.unraisablehook is hook
+    assert client.get_run(run.info.run_id).info.status == "KILLED"
+
+
+HANGS = """
+import ctypes, mlflow
+from common.runs import always_ended
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+with mlflow.start_run(), always_ended(), mlflow.start_run(nested=True), always_ended():
+    print("hanging", flush=True)
+    print("and this is in a buffer")
+    mutex = ctypes.create_string_buffer(64)  # as a C program would define it
+    for _ in range(2):  # the second time it waits for itself, whatever signals come
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.slow
+def test_signal_while_the_main_thread_hangs_in_c_code(tmp_path):
+    """For a GPU or a dead filesystem, say: Python's handler does not run then."""
+    command = [sys.executable, "-c", HANGS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = clean_environment(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="")
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        try:
+            wait_for_line(process, "hanging")
+            time.sleep(1)
+            process.terminate()
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 143 and out == "and this is in a buffer\n"
+    assert err.count("stopped by SIGTERM while it hung; the run is marked KILLED.") == 2
+    found = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
+    assert [run.info.status for run in found] == ["KILLED"] * 2
+
+
+def run_text(text, *arguments, cwd):
+    """Run lines of Python that import from common/, in a process of their own."""
+    return subprocess.run(
+        [sys.executable, "-c", text, *arguments],
+        cwd=cwd,
+        env=clean_environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+HANDLES = """
+import multiprocessing, os, signal, time, mlflow
+from common import runs
+runs.ending.HANG_TIMEOUT = 2
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+with mlflow.start_run(), runs.always_ended():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(1)
+    child.terminate()
+    child.join()
+    time.sleep(3)
+    signal.signal(signal.SIGTERM, lambda *_: print("checkpoint", flush=True))
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3)
+"""
+
+
+@pytest.mark.slow
+def test_signal_for_a_forked_process_or_with_a_handler_of_its_own_ends_no_run(tmp_path):
+    finished = run_text(HANDLES, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == "checkpoint\n" and "stopped by" not in finished.stderr
+    (logged,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
+    assert logged.info.status == "FINISHED"
+
+
+FORKED = """
+import ctypes, multiprocessing, os, signal, sys, threading, mlflow
+from common import runs
+runs.ending.HANG_TIMEOUT = 2
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+
+def hang():
+    with mlflow.start_run(run_id=sys.argv[1]), runs.always_ended():
+        os.kill(os.getppid(), signal.SIGUSR1)
+        mutex = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+signal.signal(signal.SIGUSR1, lambda *_: threading.Timer(2, child.terminate).start())
+with mlflow.start_run(), runs.always_ended():
+    child = multiprocessing.get_context("fork").Process(target=hang)
+    child.start()
+    child.join(60)
+    print(child.exitcode, flush=True)
+    child.kill()
+"""
+
+
+@pytest.mark.slow
+def test_forked_process_with_a_run_of_its_own_is_watched(tmp_path):
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    own = client.create_run("0").info.run_id
+    finished = run_text(FORKED, own, cwd=tmp_path)
+    assert finished.returncode == 0 and finished.stdout == "143\n", finished.stderr
+    assert finished.stderr.count("stopped by SIGTERM while it hung") == 1
+    statuses = {run.info.run_id: run.info.status for run in client.search_runs(["0"])}
+    assert statuses.pop(own) == "KILLED" and list(statuses.values()) == ["FINISHED"]
+
+
+@pytest.mark.slow
+def test_signal_while_the_server_is_away_ends_within_the_time_that_slurm_leaves(server, tmp_path):
+    """30 seconds lie between SIGTERM and SIGKILL. The run cannot be marked, and that is said."""
+    with Gateway(server, KEY) as gateway:
+        variables = {"MLFLOW_TRACKING_URI": gateway.uri, "AM_SC_API_KEY": KEY}
+        with training_process(tmp_path, *FOR_HOURS, **variables) as process:
+            wait_for_line(process, "epoch 2/")
+            gateway.fault = (503, {}, b"away")
+            time.sleep(5)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM; the server does not answer" in err and "may stay RUNNING" in err
+
+
+@pytest.mark.slow
+def test_two_trainings_at_once_on_a_new_local_store(tmp_path):
+    """As a job array does: each wants to make the tables of the same file."""
+    command = [sys.executable, str(ROOT / "train_mnist_mlflow.py"), "--dataset", "digits"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    trainings = [
+        subprocess.Popen(command, cwd=tmp_path, env=clean_environment(), **pipes) for _ in range(3)
+    ]
+    for process in trainings:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    found = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert [run.info.status for run in found] == ["FINISHED"] * 3
+
+
+@pytest.mark.slow
+def test_training_that_diverges_fails(tmp_path):
+    finished = run(
+        "train_mnist_mlflow.py",
+        *("--dataset", "digits", "--lr", "1e30", "--epochs", "50", "--register"),
+        cwd=tmp_path,
+        code=1,
+    )
+    assert "diverged" in finished.error and "--lr" in finished.error
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (logged,) = client.search_runs(["1"])
+    assert logged.info.status == "FAILED"
+    assert client.search_registered_models() == []
+
+
+@pytest.fixture
+def tampered(local, tmp_path):
+    """Changes the predictions that the run in `local` recorded, and puts them back afterwards."""
+    (path,) = local.folder.glob(f"mlruns/*/{local.run_id}/artifacts/predictions/test.json")
+    kept = tmp_path / "test.json"
+    shutil.copy(path, kept)
+
+    def change(edit):
+        content = json.loads(kept.read_text())
+        edit(content)
+        path.write_text(json.dumps(content))
+        return local.run_id
+
+    yield change
+    shutil.copy(kept, path)
+
+
+def versions(local):
+    client = mlflow.MlflowClient(local.uri)
+    production = client.get_model_version_by_alias("MNIST_CNN", "production")
+    return len(client.search_model_versions("name = 'MNIST_CNN'")), str(production.version)
+
+
+def test_alias_stays_if_one_prediction_differs(local, tampered):
+    """One image of 360, and neither a version is made nor the alias moved."""
+
+    def edit(content):
+        content["predictions"][17] = (content["predictions"][17] + 1) % 10
+
+    before = versions(local)
+    run_id = tampered(edit)
+    finished = run("register_and_inference.py", "--run_id", run_id, cwd=local.folder, code=1)
+    assert "predicts 1 of 360 test images differently" in finished.error
+    assert versions(local) == before
+
+
+@pytest.mark.slow
+def test_other_test_set_is_no_basis_for_a_check(local, tampered):
+    before = versions(local)
+    run_id = tampered(lambda content: content.update(digest="0" * 32))
+    finished = run("register_and_inference.py", "--run_id", run_id, cwd=local.folder, code=1)
+    assert "not the one that run" in finished.error
+    assert versions(local) == before
+
+
+OLD_RUN = """
+import sys, mlflow, torch
+sys.path.insert(0, sys.argv[1])
+from common import training
+test = training.load_data("digits", "unused", train=False)
+torch.manual_seed(3)
+network = training.MNISTCNN().eval()
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+mlflow.set_experiment("old")
+with mlflow.start_run() as run:
+    if sys.argv[2] != "none":
+        accuracy = training.evaluate(network, test.images, test.labels).accuracy
+        mlflow.log_metric("val_accuracy", accuracy * float(sys.argv[2]))
+    mlflow.pytorch.log_model(
+        network, name="model", input_example=training.input_example(test.images),
+        pip_requirements=["torch"], serialization_format=sys.argv[3],
+        code_paths=[sys.argv[1] + "/common"] if len(sys.argv) > 4 else None,
+    )
+print(run.info.run_id)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["1", "pt2"], None),
+        (["100", "pt2"], None),  # a percentage
+        (["0.9", "pt2"], "has an accuracy of"),
+        (["none", "pt2"], "nothing to check"),
+        (["1", "pickle"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"),
+        (["1", "pt2", "with its code"], "MLmodel has code: code"),
+    ],
+)
+def test_run_of_an_older_script(arguments, message, tmp_path):
+    """Without recorded predictions, its val_accuracy is what a loaded model is checked against."""
+    script = tmp_path / "old.py"
+    script.write_text(OLD_RUN)
+    run_id = run(script, ROOT, *arguments, cwd=tmp_path).out.split()[-1]
+    arguments = ("register_and_inference.py", "--run_id", run_id)
+    finished = run(*arguments, cwd=tmp_path, code=1)
+    assert "does not say which data set" in finished.error
+    arguments += ("--dataset", "digits")
+    finished = run(*arguments, cwd=tmp_path, code=1 if message else 0)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    if message:
+        assert message in finished.error
+        assert client.search_registered_models() == []
+    else:
+        assert finished.result["model_version"] == "1"
+
+
+@pytest.mark.slow
+def test_killed_outright_stays_running_and_is_refused(tmp_path):
+    """What nobody can catch: SIGKILL. The next script says so."""
+    with training_process(tmp_path, *FOR_HOURS) as process:
+        run_id = wait_for_line(process, "run ").split()[1]
+    finished = run("register_and_inference.py", "--run_id", run_id, cwd=tmp_path, code=1)
+    assert "is RUNNING" in finished.error and "killed outright" in finished.error

@@ -1,0 +1,65 @@
+"""The data sets as tensors, and what their files have to be."""
+
+import pytest
+import torch
+from conftest import REAL_DATA, REAL_MNIST, write_mnist
+
+from common import training
+from common.errors import UserError
+
+
+def digits(train):
+    return training.load_data("digits", "unused", train=train)
+
+
+def test_digits_are_the_same_everywhere_and_split_without_overlap():
+    train, test = digits(True), digits(False)
+    assert train.images.shape == (1437, 1, 28, 28) and test.images.shape == (360, 1, 28, 28)
+    assert train.images.dtype == torch.uint8 and train.images.max() == 255
+    assert test.digest == "8e2593d6e8ef3517862a034f68b3fa44"
+    assert sorted(set(test.labels.tolist())) == list(range(10))
+    images = [bytes(image) for split in (train, test) for image in split.images.numpy()]
+    assert len(set(images)) == len(images)
+
+
+def test_held_out_images_are_not_trained_on():
+    everything = digits(True)
+    rest, held_out = training.hold_out(everything, fraction=0.2, seed=1)
+    assert (len(rest.images), len(held_out.labels)) == (1150, 287)
+    together = torch.cat([rest.images, held_out.images]).flatten(1).tolist()
+    assert sorted(together) == sorted(everything.images.flatten(1).tolist())
+    assert len({split.digest for split in (everything, rest, held_out)}) == 3
+    assert training.hold_out(everything, fraction=0.2, seed=1)[1].digest == held_out.digest
+    assert training.hold_out(everything, fraction=0.2, seed=2)[1].digest != held_out.digest
+
+
+def test_files_of_mnist_are_read_and_a_damaged_one_is_found_out(tmp_path):
+    folder = write_mnist(tmp_path)
+    read = training.load_data("mnist", str(folder), train=False)
+    assert read.digest == digits(False).digest and read.class_names[0] == "0"
+    labels = folder / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    content = labels.read_bytes()
+    for damage in (content[:100], content[:-1] + b"\x0b", b""):
+        labels.write_bytes(damage)
+        with pytest.raises(UserError, match=r"error: the files in .*raw are damaged \(.*\nhint: "):
+            training.load_data("mnist", str(folder), train=False)
+
+
+@pytest.mark.slow
+@REAL_MNIST
+def test_fashion_mnist_is_read():
+    train = training.load_data("fashion_mnist", str(REAL_DATA), train=True)
+    assert train.images.shape == (60000, 1, 28, 28)
+    # The published mean and deviation of the training set.
+    pixels = train.images.float() / 255
+    assert round(pixels.mean().item(), 4) == 0.2860
+    assert round(pixels.std().item(), 4) == 0.3530
+    assert train.class_names[0] == "T-shirt/top" and len(train.class_names) == 10
+
+
+@pytest.mark.slow
+@REAL_MNIST
+def test_normalisation_in_the_network_is_that_of_mnist():
+    pixels = training.load_data("mnist", str(REAL_DATA), train=True).images.float() / 255
+    assert round(pixels.mean().item(), 4) == training.PIXEL_MEAN
+    assert round(pixels.std().item(), 4) == training.PIXEL_STD

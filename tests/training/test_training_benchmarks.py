@@ -1,0 +1,56 @@
+"""The benchmarks of training: they compare equals, and run as the job files do."""
+
+import re
+
+import mlflow
+import pytest
+from conftest import ROOT, run
+
+from benchmarks.train import KEEP_MEMORY
+
+
+def table(finished):
+    """The rows of the printed table, as dicts."""
+    rows = [line.strip("| ").split(" | ") for line in finished.out.splitlines() if "|" in line]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+@pytest.mark.slow
+def test_benchmark_of_training_compares_equals(mnist_dir, tmp_path):
+    finished = run(
+        *("benchmarks/train.py", "--epochs", 1, "--data_dir", mnist_dir, "--device", "cpu"),
+        *("--contenders", "this_project", "without_tracking", "textbook"),
+        cwd=tmp_path,
+    )
+    rows = table(finished)
+    assert [row["way"] for row in rows] == [
+        *("this project", "the same without MLflow", "textbook loop")
+    ]
+    work = float(re.search(r"^network  (\S+) MFLOP", finished.out, re.M)[1])
+    rates = dict(re.findall(r"^matrices (\w+)  (\d+) GFLOP/s", finished.out, re.M))
+    for row in rows:
+        assert float(row["accuracy"].rstrip("%")) > 70
+        share, precision = re.fullmatch(r"(\d+)% of (\w+)", row["of the matrix rate"]).groups()
+        used = float(row["images/s"]) * work / 1e3  # GFLOP/s
+        assert int(share) == pytest.approx(100 * used / float(rates[precision]), rel=0.05, abs=1)
+        assert float(row["s per epoch"]) * float(row["images/s"]) == pytest.approx(1437, rel=0.02)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_benchmark_of_scaling_trains_the_same_on_two_processes(local, tmp_path):
+    flags = ("--processes", 2, "--dataset", "digits", "--epochs", 1, "--threads", 1)
+    flags += ("--precision", "fp32")
+    (row,) = table(run("benchmarks/scaling.py", *flags, cwd=tmp_path))
+    assert row["processes"] == "2"
+    alone = mlflow.MlflowClient(local.uri).get_metric_history(local.run_id, "train_loss")
+    assert float(row["loss"]) == pytest.approx(alone[0].value, rel=1e-5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_job_files_keep_memory_as_the_benchmarks_do():
+    expected = " ".join(f"{name}={value}" for name, value in KEEP_MEMORY.items())
+    jobs = list((ROOT / "jobs").glob("*.sh"))
+    assert jobs
+    for job in jobs:
+        assert f"\nexport {expected}\n" in job.read_text(), job
