@@ -164,11 +164,12 @@ def bare_disk_direct(folder, size, name):
 
 
 def takes_direct_writing(folder):
-    from common.storage import hashed
-
-    descriptor, direct = hashed.create(folder / "bare_disk_probe")
-    os.close(descriptor)
-    return direct
+    probe = folder / "bare_disk_probe"
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | getattr(os, "O_DIRECT", 0), 0o666))
+    except OSError:
+        return False
+    return hasattr(os, "O_DIRECT")
 
 
 def dd(folder, size, name, *options):
@@ -236,14 +237,15 @@ def write_once(folder, size, name):
 def write_weights(folder, size, name):
     """The part of it that grows with the model."""
     from common import storage
+    from common.storage import writing
 
     network = Layers.filled(size)
     file = folder / name / storage.MODEL_FILE
     file.parent.mkdir(parents=True)
-    empty = torch.export.export(storage.without_weights(network), (torch.ones(2, network.width),))
+    empty = torch.export.export(writing.without_weights(network), (torch.ones(2, network.width),))
     torch.export.save(empty, file)
     with measured() as written:
-        storage.add_weights(file, network.state_dict())
+        writing.add_weights(file, network.state_dict())
     return written_result(written, file, network)
 
 

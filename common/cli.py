@@ -1,7 +1,6 @@
 """Flags that several scripts share, checks of their values, the end of a script, the result line.
 
 Only the standard library is imported here, so `--help` and a mistyped flag answer at once.
-If you only want the result line for your own batch jobs, copy `print_result`.
 """
 
 import argparse
@@ -17,16 +16,10 @@ DATASETS = ("mnist", "fashion_mnist", "digits")
 
 
 def parser(doc):
-    """Return a parser whose `--help` is the script's docstring, line breaks kept.
-
-    Flags cannot be abbreviated: a job file that says `--reg` today would change its meaning on the
-    day a second flag starts with those letters.
-    """
-    return argparse.ArgumentParser(
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """Return a parser whose `--help` is the script's docstring, line breaks kept."""
+    # Not abbreviated: a job file's `--reg` would change its meaning when a second flag begins so.
+    keep = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=keep, allow_abbrev=False)
 
 
 def add_training_arguments(parser, default_name, alias):
@@ -57,45 +50,24 @@ def add_training_arguments(parser, default_name, alias):
 
 def add_server_arguments(parser, experiment=None):
     """Add the flags that say which tracking server; with `experiment`, also `--experiment`."""
-    group = parser.add_argument_group("tracking server")
-    group.add_argument(
-        "--tracking_uri",
-        metavar="URI",
-        help="where to log (default: $MLFLOW_TRACKING_URI, else the AmSC server if $AM_SC_API_KEY "
-        "is set, else sqlite:///mlflow.db)",
-    )
-    group.add_argument(
-        "--ca_bundle",
-        metavar="FILE",
-        help="PEM file of the certificate authority that signed the server's certificate "
-        "(default: $MLFLOW_TRACKING_SERVER_CERT_PATH, else the public authorities)",
-    )
+    where = "$MLFLOW_TRACKING_URI, else the AmSC server if $AM_SC_API_KEY is set, else a local file"
+    whom = "$MLFLOW_TRACKING_SERVER_CERT_PATH, else the public authorities"
+    what = "experiment to log into, created if it does not exist (default: %(default)s)"
+    add = parser.add_argument_group("tracking server").add_argument
+    add("--tracking_uri", metavar="URI", help=f"where to log (default: {where})")
+    add("--ca_bundle", metavar="FILE", help=f"PEM file of the authority to trust (default: {whom})")
     if experiment:
-        group.add_argument(
-            "--experiment",
-            type=not_empty,
-            default=experiment,
-            metavar="NAME",
-            help="experiment to log into, created if it does not exist (default: %(default)s)",
-        )
+        add("--experiment", type=not_empty, default=experiment, metavar="NAME", help=what)
 
 
 def add_data_arguments(parser, dataset="mnist"):
     """Add `--dataset` and `--data_dir`. With `dataset=None` the run says what it was trained on."""
     default = "%(default)s" if dataset else "the one that the run was trained on"
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        default=dataset,
-        help=f"data set; digits needs no download (default: {default})",
-    )
-    group.add_argument(
-        "--data_dir",
-        default="./data",
-        metavar="DIR",
-        help="folder for the data set's files, downloaded if missing (default: %(default)s)",
-    )
+    what = f"data set; digits needs no download (default: {default})"
+    where = "folder for the data set's files, downloaded if missing (default: %(default)s)"
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default=dataset, help=what)
+    add("--data_dir", default="./data", metavar="DIR", help=where)
 
 
 def whole_number(minimum):
@@ -107,9 +79,8 @@ def whole_number(minimum):
         except ValueError:
             value = minimum - 1
         if not minimum <= value < 2**63:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {minimum}, not {text!r}"
-            )
+            what = f"must be a whole number of at least {minimum}, not {text!r}"
+            raise argparse.ArgumentTypeError(what)
         return value
 
     return parse
@@ -136,37 +107,33 @@ def not_empty(text):
 def model_name(text):
     """Argument type: a name that the registry accepts, and that fits into a `models:/` address."""
     if not re.fullmatch(r"[\w.+-]([\w.+ -]{0,253}[\w.+-])?", text):
-        raise argparse.ArgumentTypeError(
-            f"must be letters, digits, blanks within, and any of _ . + -, not {text!r}"
-        )
+        what = f"must be letters, digits, blanks within, and any of _ . + -, not {text!r}"
+        raise argparse.ArgumentTypeError(what)
     return text
 
 
 def alias(text):
     """Argument type: a registry alias. MLflow keeps `latest` and `v1`, `v2` ... to itself."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", text) or re.fullmatch(
-        r"latest|v\d+", text.lower()
-    ):
-        raise argparse.ArgumentTypeError(
-            f"must be letters, digits, _ and -, but not 'latest' or 'v<number>': {text!r}"
-        )
+    reserved = re.fullmatch(r"latest|v\d+", text.lower())
+    if reserved or not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", text):
+        what = f"must be letters, digits, _ and -, but not 'latest' or 'v<number>': {text!r}"
+        raise argparse.ArgumentTypeError(what)
     return text
 
 
 def run(main):
-    """Run a script's `main`. An error that the user can fix is two lines and an exit code.
+    """Run a script's `main`; what the user or a server did wrong is two lines and an exit code.
 
-    So is the failure of a server, whatever MLflow made of it. Any other error keeps its traceback;
-    secrets in it are struck out.
+    Any other error keeps its traceback; secrets in it are struck out.
     """
     sys.excepthook = print_and_exit
     main()
 
 
 def print_result(**values):
-    """Print one JSON object as the last line of stdout: what the next step of a job needs.
+    """Print one JSON object as the last line of stdout, which a job reads with `tail -n 1`.
 
-    A job reads it with `tail -n 1`. NaN and infinity, which JSON does not have, become null.
+    NaN and infinity, which JSON does not have, become null.
     """
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):

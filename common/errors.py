@@ -6,8 +6,8 @@ TRY_AGAIN = 75  # sysexits.h calls it EX_TEMPFAIL: the same command can work lat
 class UserError(Exception):
     """Something that the user, or somebody they can ask, has to change.
 
-    As text it is the two lines that `cli.run` prints on stderr: what happened, and what to do.
-    `what` and `hint` are full sentences. `code` is the exit code: 1, or TRY_AGAIN.
+    As text it is the two lines that `cli.run` prints on stderr. `what` happened and the `hint` are
+    full sentences; `code` is the exit code: 1, or TRY_AGAIN.
     """
 
     def __init__(self, what, hint, code=1):

@@ -21,7 +21,7 @@ from common import cli
 CODES = {
     **{"proxy": 12, "name": 13, "no_server": 14, "tls": 15, "timeout": 16, "dropped": 17},
     **{"redirect": 18, "web_page": 19, "unauthenticated": 20, "forbidden": 21, "no_mlflow": 22},
-    **{"no_web_server": 22, "too_many_requests": 23, "server_error": 24, "refused": 24},
+    **{"too_many_requests": 23, "server_error": 24, "refused": 24},
     **{"unavailable": 25, "too_large": 26, "object_store": 27},
 }
 # And of what only this script finds out:
@@ -198,9 +198,8 @@ def ca_bundle(check):
 
 
 def proxy(check):
-    import probes
-
     from common import connection
+    from scripts import probes
 
     names = ", ".join(probes.proxy_variables()) or "no variable"
     through = connection.printable(connection.proxy_of(check.uri) or "none for this address")
@@ -208,7 +207,7 @@ def proxy(check):
 
 
 def addresses(check):
-    import probes
+    from scripts import probes
 
     host, _ = probes.first_hop(check.uri)
     check.reachable = False
@@ -221,7 +220,7 @@ def addresses(check):
 
 
 def tcp(check):
-    import probes
+    from scripts import probes
 
     host, port = probes.first_hop(check.uri)
     if not check.reachable:
@@ -236,7 +235,7 @@ def tcp(check):
 
 
 def certificate(check):
-    import probes
+    from scripts import probes
 
     if check.uri.startswith("http://"):
         return "none: plain http"
@@ -273,7 +272,7 @@ def first_request(check):
 
 
 def round_trip(check):
-    import probes
+    from scripts import probes
 
     seconds, check.lead = probes.answers(check.uri)
     return f"{1000 * seconds:.0f} ms, median of 5"
@@ -295,21 +294,22 @@ def clock(check):
 
 def versions(check):
     import mlflow
-    import probes
+
+    from scripts import probes
 
     server = probes.server_version(check.uri) or "of unknown version"
     return f"server MLflow {server}, client {mlflow.__version__}"
 
 
 def new_run(check):
-    import probes
+    from scripts import probes
 
     check.run = probes.new_run(check.name, check.cleanup)
     return f"experiment {check.name}, run and metric written"
 
 
 def artifact(check):
-    import probes
+    from scripts import probes
 
     probes.artifact(check.run, check.cleanup)
     check.proxied = check.run.info.artifact_uri.startswith("mlflow-artifacts:")
@@ -318,7 +318,7 @@ def artifact(check):
 
 
 def body_limit(check):
-    import probes
+    from scripts import probes
 
     if not check.proxied:
         return "does not matter: files do not go through the server"
@@ -328,7 +328,7 @@ def body_limit(check):
 
 
 def multipart(check):
-    import probes
+    from scripts import probes
 
     if not check.proxied:
         return "does not matter: files do not go through the server"
@@ -337,7 +337,7 @@ def multipart(check):
 
 
 def registry(check):
-    import probes
+    from scripts import probes
 
     probes.registered_model(check.name, check.run, check.cleanup)
     return "model, version and alias written"

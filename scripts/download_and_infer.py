@@ -94,7 +94,8 @@ def main(argv=None):
     for sample in samples:
         print(
             f"Sample {sample['index']:4d} — true label: {sample['true']}  |  "
-            f"predicted: {sample['predicted']}"
+            f"predicted: {sample['predicted']}",
+            flush=True,
         )
     cli.print_result(run_id=run_id, samples=samples)
 

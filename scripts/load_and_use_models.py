@@ -81,7 +81,7 @@ def list_models(args):
     import mlflow
 
     print("Registered Models in MLflow Model Registry", flush=True)
-    print("=" * 45)
+    print("=" * 45, flush=True)
     # search_registered_models: what stands under "Models" in the UI, page by page.
     models = mlflow.search_registered_models()
     for model in models:
@@ -205,7 +205,7 @@ def load(args, uri, run):
         # load_model: the network, ready to be called, without the code that defined it.
         network = mlflow.pytorch.load_model(folder)
     count = sum(parameter.numel() for parameter in network.parameters())
-    print(f"loaded   {uri}  {count} parameters", flush=True)
+    print(f"load     {uri}  {count} parameters", flush=True)
     result = {"run_id": run.info.run_id if run else None, "model_uri": uri, "parameters": count}
     if not args.predict:
         return result

@@ -1,8 +1,9 @@
-"""The networks of the guides, and a table of a network's layers.
+"""The networks of the guides, a table of a network's layers, and images held out to choose by.
 
 Input of both: float32 pixels in [0, 1], shape (N, 1, 28, 28). Output: logits, shape (N, 10).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -48,6 +49,13 @@ class SimpleMNIST(nn.Module):
 
     def forward(self, x):
         return self.net((x - 0.5) / 0.5)
+
+
+def hold_out(split, fraction=0.1, seed=0):
+    """Return (what is left to train on, what is held out to choose by): two shuffled `Split`s."""
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
+    count = round(fraction * len(order))
+    return split.part(order[count:]), split.part(order[:count])
 
 
 def count_parameters(network):

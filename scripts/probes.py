@@ -21,6 +21,9 @@ import mlflow
 import requests
 from cryptography import x509
 from mlflow.exceptions import MlflowException
+
+# Not documented by MLflow: requests by hand, because its client hides how long one takes, and which
+# parts of a file it sends where. If they go, check_connection.py ends at its import.
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request, verify_rest_response

@@ -89,7 +89,7 @@ def main(argv=None):
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
     connection.connect(args.tracking_uri, args.ca_bundle, args.experiment_name)
     everything = training.load_data(args.dataset, args.data_dir, train=True)
-    train, validation = training.hold_out(everything, seed=args.seed)
+    train, validation = networks.hold_out(everything, seed=args.seed)
     test = training.load_data(args.dataset, args.data_dir, train=False)
 
     torch.manual_seed(args.seed)

@@ -106,7 +106,7 @@ def main(argv=None):
                 [names.index(name) for name in y_test],
                 [names.index(name) for name in predicted],
                 names,
-                f"iris, {len(y_test)} flowers that trained nothing",
+                f"iris, {len(y_test)} flowers held out",
             ),
             "confusion_matrix.png",
         )

@@ -136,6 +136,9 @@ def main(argv=None):
                 value.backward()
                 optimizer.step()
                 total += value.detach() * len(inputs)
+            if not torch.isfinite(total):
+                what = f"the training diverged: the mean loss is {total / len(train)}."
+                raise UserError(what, "use a smaller --lr.")
             outputs, targets = predict(network.eval(), held_out, args.batch_size, device)
             metrics = {"train_loss": total / len(train), **scores(outputs, targets)}
             metrics = {name: float(metric) for name, metric in metrics.items()}
@@ -157,17 +160,9 @@ def main(argv=None):
         )
     result = {"run_id": run_id, "model_uri": logged.model_uri, **metrics}
 
-    # 3. Check what was stored, register it, promote it.
+    # 3. Register and promote. (To compare a stored classifier with the trained one before, as
+    # train_mnist_mlflow.py does, copy the room storage as well.)
     if args.register:
-        # load_model: anywhere, without the code that made it.
-        loaded = mlflow.pytorch.load_model(logged.model_uri)
-        stored, _ = predict(loaded, held_out, args.batch_size)
-        if not torch.allclose(stored, outputs, rtol=1e-3, atol=1e-3 * outputs.abs().max()):
-            raise UserError(
-                "the stored model and the trained one differ. Nothing was registered or promoted.",
-                "does `forward` use more than its input and weights, such as random numbers?",
-            )
-        print(f"check    {logged.model_uri}  {len(stored)} predictions as trained", flush=True)
         # register_model: a new version under "Models", linked to the run.
         version = mlflow.register_model(logged.model_uri, MODEL_NAME).version
         result |= {"model_name": MODEL_NAME, "model_version": str(version)}

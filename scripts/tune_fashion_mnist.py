@@ -82,11 +82,11 @@ def main(argv=None):
     import optuna
 
     from common import connection, runs, training
-    from scripts import studies
+    from scripts import networks, studies
 
     # 1. Connect, load the data, open the study: whatever is wrong shows now.
     connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-    splits = training.hold_out(
+    splits = networks.hold_out(
         training.load_data(args.dataset, args.data_dir, train=True), seed=args.seed
     )
     test = training.load_data(args.dataset, args.data_dir, train=False)

@@ -64,7 +64,7 @@ def test_no_circle_inside_a_room(room):
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_says_what_to_copy(room):
     docstring = ast.get_docstring(ast.parse((COMMON / room / "__init__.py").read_text()))
-    assert "copy" in docstring and "common/errors.py" in docstring
+    assert "copy" in docstring.lower() and "common/errors.py" in docstring
     assert f"from common import {room}" in docstring
 
 
@@ -175,8 +175,8 @@ def test_landmarks_agree_with_the_readme():
 # only the large-model script has, or that is worded otherwise there.
 LESSON = (
     r"target_path|folder|storage\.|save_model_once|model_path|map_weights|file\.tags|\bfile\b|"
-    r"create_experiment|get_experiment_by_name|EXPERIMENT =|MLflow 13|MLflow 9\b|MLflow 10\b|MLflow 12|log_model|"
-    r"load_model|checked_copy|check_predictions|register_model|model_uri|points at the path"
+    r"create_experiment|get_experiment_by_name|EXPERIMENT =|log_model|load_model|"
+    r"checked_copy|check_predictions|register_model|model_uri|points at the path"
 )
 
 
@@ -201,19 +201,35 @@ def test_the_training_scripts_differ_by_the_lesson_only():
     assert [line for line in changes if not re.search(LESSON, line)] == []
 
 
-# Each touch of a name that MLflow or PyTorch keep private, or do not document: where it is, in one
-# place each, with a comment there on what breaks when it goes.
-PRIVATE = {}
+# Each touch of what MLflow, PyTorch or Gloo keep private, or do not document: the one file that it
+# stands in. A comment there says what breaks when it goes.
+PRIVATE = {
+    r"torch\._C\b": "common/storage/inspection.py",  # the reader of archives
+    r"torch\._export\b": "common/storage/program.py",  # the schema of the JSON in them
+    r"torch\._subclasses\b": "common/storage/writing.py",  # tensors without content
+    r"request_auth import registry|_provider_registry": "common/connection/undocumented.py",
+    r"_MLFLOW_SERVER_ARTIFACT_ROOT": "common/connection/undocumented.py",
+    r"valid JSON format|Failed to \(\?:": "common/connection/undocumented.py",  # MLflow's words
+    r"from mlflow import cli|mlflow\.cli\b": "common/connection/__main__.py",
+    r"by peer\b": "common/training/processes.py",  # Gloo's words
+    r"get_capabilities": "common/training/device.py",
+    r"mlflow\.utils\.|mlflow\.store\.": "scripts/probes.py",  # the requests that it times
+}
 
 
-def private_names(path):
-    """Names below mlflow and torch that start with an underscore, as they are written."""
-    text = path.read_text()
-    found = set(re.findall(r"\b(?:mlflow|torch)(?:\.\w+)*\._\w+(?:\.\w+)*", text))
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            modules = node.module.split(".")
-            if modules[0] in ("mlflow", "torch"):
-                names = {f"{node.module}.{name.name}" for name in node.names}
-                found |= {name for name in names if re.search(r"\._", name)}
-    return {name for name in found if not name.startswith("torch.ops.")}
+@pytest.mark.parametrize("pattern", PRIVATE)
+def test_what_others_keep_private_is_touched_in_one_place(pattern):
+    files = [*MODULES, *ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
+    found = [path for path in files if re.search(pattern, path.read_text())]
+    assert [str(path.relative_to(ROOT)) for path in found] == [PRIVATE[pattern]]
+    lines = found[0].read_text().splitlines()
+    (first, *_) = (i for i, line in enumerate(lines) if re.search(pattern, line))
+    around = "\n".join(lines[max(0, first - 8) : first + 3])
+    assert "#" in around or '"""' in around, f"{found[0]}: no comment on what breaks"
+
+
+def test_nothing_else_is_private():
+    """Names below mlflow and torch that begin with an underscore."""
+    for path in [*MODULES, *ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
+        for name in re.findall(r"\b(?:mlflow|torch)(?:\.\w+)*\.(?:_(?!_)\w+)", path.read_text()):
+            assert any(re.search(pattern, name) for pattern in PRIVATE), f"{path}: {name}"

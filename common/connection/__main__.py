@@ -1,4 +1,4 @@
-"""The `mlflow` command with the credentials, whatever it does: the server sees them.
+"""The `mlflow` command, whatever it does, with the credentials on its requests.
 
 python -m common.connection runs list --experiment-id 0
 python -m common.connection models serve -m models:/NAME@alias --env-manager local --port 5001
@@ -21,8 +21,7 @@ try:
         connect()
     cli(prog_name="mlflow")
 except (UserError, MlflowException, requests.RequestException) as error:
-    failure = diagnose(error)
-    if failure is None:
+    if not (failure := diagnose(error)):
         raise
     print(failure, file=sys.stderr, flush=True)
     sys.exit(failure.code)

@@ -22,7 +22,10 @@ USABLE = re.compile(r"https?://|sqlite(\+\w+)?:///[^:?]|(postgresql|mysql|mssql)
 def address(tracking_uri=None):
     """Return (the tracking address, where it comes from). Raises UserError if it cannot be used."""
     uri, reason = _choose(tracking_uri)
-    _check_address(uri, reason)
+    if not _is_usable(uri):  # and not printed: it may hold a password anywhere
+        what = f"the tracking address ({reason}) is impossible, or holds a password or a query."
+        hint = f"use https://HOST[:PORT] or {LOCAL_URI}; a login goes into "
+        raise UserError(what, f"{hint}MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.")
     _check_variables(uri)
     if uri.startswith("http"):
         _check_proxy(uri)
@@ -62,22 +65,16 @@ def _choose(tracking_uri):
     return LOCAL_URI, "local, because neither MLFLOW_TRACKING_URI nor AM_SC_API_KEY is set"
 
 
-def _check_address(uri, reason):
+def _is_usable(uri):
     try:
         parts = urlsplit(uri)
-        possible = USABLE.match(uri) and uri.isprintable() and " " not in parts.netloc
-        (parts.hostname or "").encode("idna")
-        possible = possible and parts.port != 0 and (parts.hostname or parts.scheme[:4] != "http")
+        host, port = (parts.hostname or "").encode("idna"), parts.port
     except ValueError:  # a port that is no number, brackets that are not closed, a label too long
-        possible = False
-    if not possible:  # and not printed: it may hold a password anywhere
-        what = f"the tracking address, {reason}, is none of a server or of a database."
-        raise UserError(what, f"a server is https://HOST[:PORT], a local file {LOCAL_URI}.")
-    if uri.startswith("http") and ("@" in parts.netloc or parts.query or parts.fragment):
-        raise UserError(
-            "the tracking address holds a user name, a query or a #, and MLflow would print it.",
-            "give https://HOST; export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
-        )
+        return False
+    if not USABLE.match(uri) or not uri.isprintable() or " " in parts.netloc or port == 0:
+        return False
+    extra = "@" in parts.netloc or parts.query or parts.fragment
+    return not uri.startswith("http") or (host and not extra)
 
 
 def _check_variables(uri):
@@ -88,8 +85,7 @@ def _check_variables(uri):
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         what = f"MLFLOW_RUN_ID is set, so MLflow would write into the run {run_id} again."
         raise UserError(what, "unset MLFLOW_RUN_ID")
-    others = ("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "MLFLOW_TRACKING_INSECURE_TLS")
-    for name in (*FIRST_REQUESTS, *others):
+    for name in (*FIRST_REQUESTS, "MLFLOW_TRACKING_INSECURE_TLS"):
         try:
             getattr(mlflow.environment_variables, name).get()
         except ValueError as error:
@@ -103,16 +99,15 @@ def _check_proxy(uri):
         own = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         os.environ["no_proxy"] = ",".join(filter(None, [own, *LOOPBACK]))
     proxy = proxy_of(uri)
+    if not proxy:
+        return
     try:
-        parts = urlsplit(proxy or "http://none")
+        parts = urlsplit(proxy)
         usable = parts.hostname and parts.scheme and (parts.port or 1)
     except ValueError:
         usable = False
-    if parts.scheme.startswith("socks"):
-        usable = usable and importlib.util.find_spec("socks")
-    if not usable:
+    if not usable or (parts.scheme.startswith("socks") and not importlib.util.find_spec("socks")):
         raise UserError(
             "the proxy that http_proxy, https_proxy or all_proxy names is no address of use here.",
-            "give http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT with %23 for a # in the "
-            "password; for socks5://, pip install pysocks",
+            "write %23 for a # in a password; for socks5://HOST:PORT, pip install pysocks",
         )

@@ -39,7 +39,7 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
         self.last_key = ""
         self.said = None  # what is wrong with the key file, if that has been said
         self.stopped = collections.deque(maxlen=4)  # errors raised here, which MLflow may lose
-        self.answers = collections.deque(maxlen=4)  # MLflow drops the status of answers in JSON
+        self.refusals = {}  # {JSON: status} of answers; MLflow drops the status
 
     def register(self):
         """Have MLflow ask this object. The variable is inherited by the processes of a job."""
@@ -90,26 +90,16 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
         return self.last_key
 
     def _remember(self, response, stream=False, **_):
-        if not stream:
-            self.answers.append(response)
-
-    def status_of(self, body):
-        """Return the HTTP status of the answer with this JSON in it, None if it is long ago."""
-        for answer in reversed(self.answers):
+        if not response.ok and not stream:
             with contextlib.suppress(requests.JSONDecodeError):
-                if answer.json() == body:
-                    return answer.status_code
-        return None
+                self.refusals[str(response.json())] = response.status_code
 
 
 CREDENTIALS = Credentials()
 
 
 def credential():
-    """Return in words, never in values, what the server will be sent.
-
-    Raises UserError if it cannot be used, or if there is nothing for the AmSC server.
-    """
+    """Return in words, never in values, what the server will be sent; or raise UserError."""
     uri = mlflow.get_tracking_uri()
     safe = keeps_secrets(uri)
     key, name = api_key()
@@ -145,20 +135,14 @@ def lie_elsewhere(location):
 
 
 def keeps_secrets(url):
-    """Return whether a key may be sent there: over https, or to this machine itself.
-
-    Not to this machine by way of a proxy, which would read it.
-    """
+    """Return whether a key may go there: over https, or to this machine and through no proxy."""
     parts = urlsplit(url)
     local = parts.scheme == "http" and parts.hostname in LOOPBACK
     return parts.scheme == "https" or (local and not proxy_of(url))
 
 
 def without_secrets(text):
-    """Return `text` with every secret sent so far struck out, and those in variables.
-
-    As they are, and as a server that repeats a request's headers in its answer may write them.
-    """
+    """Return `text` without the secrets in variables or sent so far, however servers write them."""
     values = CREDENTIALS.sent + [os.environ.get(name, "") for name in SECRETS]
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     values.append(base64.b64encode(f"{user}:{values[-1]}".encode()).decode() if user else "")

@@ -1,7 +1,4 @@
-"""What MLflow raises when the server fails, told apart: one sentence, one cure, one exit code.
-
-MLflow's own text for a refused key, a login page or an unplugged cable is a long traceback.
-"""
+"""What MLflow raises when the server fails, told apart: one sentence, one cure, one exit code."""
 
 import re
 
@@ -17,10 +14,9 @@ from .credentials import CREDENTIALS, credential, without_secrets
 
 # What each kind of failure is called, and its two lines: what happened, and what to do.
 MESSAGES = {
-    "object_store": "the object store{host}, which {address} leaves large files to, does not do "
-    "its part.\n"
-    "can this machine reach it, and is the clock right? Files go through the server instead with "
-    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false and MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false.",
+    "object_store": "the object store{host}, for {address}'s large files, does not do its part.\n"
+    "can this machine reach it? If not, the server can pass files on: export "
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false",
     "proxy": "the proxy on the way to {address} does not let through: {reason}.\n"
     "check http_proxy, https_proxy and no_proxy.",
     "tls": "no trusted TLS connection to {address}: {reason}.\n"
@@ -41,13 +37,10 @@ MESSAGES = {
     "is the key exported, the right one, and still valid? (sent: {sent})",
     "forbidden": "{address} forbids the request (error 403){said}.\n"
     "ask those who run the server whether you may do this (sent: {sent}).",
-    "no_web_server": "what answers at {address} is no web server, and so no MLflow.\n"
-    "check the port of the address.",
-    "no_mlflow": "there is a web server at {address}, but no MLflow.\n"
-    "check the path of the address.",
+    "no_mlflow": "something answers at {address}, but no MLflow.\n"
+    "check the port and the path of the address.",
     "too_large": "{address} does not take {body} (error 413): the gateway's limit is lower.\n"
-    "scripts/check_connection.py measures the limit. Large models are better kept on a shared "
-    "filesystem: Modify_artifact_location.py.",
+    "keep large models on a shared filesystem, as Modify_artifact_location.py does.",
     "too_many_requests": "{address} gets too many requests (error 429).\n"
     "try again later; start fewer jobs at a time.",
     "unavailable": "{address} is not available (error {status}).\n"
@@ -126,7 +119,7 @@ def _broken_connection(causes, text):
         code = TRY_AGAIN if "Temporary failure in name resolution" in text else 1
         return _failure("name", code, reason=reason)
     if "BadStatusLine" in text:
-        return _failure("no_web_server")
+        return _failure("no_mlflow")  # nor any web server
     dropped = r"RemoteDisconnected|IncompleteRead|ConnectionResetError|BrokenPipeError"
     if caused_by(requests.exceptions.ChunkedEncodingError) or re.search(dropped, text):
         return _failure("dropped")
@@ -151,7 +144,7 @@ def _bad_answer(causes, text):
     if responses:
         status = responses[0].status_code
     elif bodies:
-        status = CREDENTIALS.status_of(bodies[0]) or 403
+        status = CREDENTIALS.refusals.get(str(bodies[0]), 403)
     elif found:
         status = int(next(filter(None, found.groups())))
     else:

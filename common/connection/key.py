@@ -1,19 +1,16 @@
 """The API key, from a variable or from a file that only its owner may read."""
 
 import os
-import stat
 import time
 
 from common.errors import UserError
-
-LONGEST_KEY = 8000  # bytes; servers take no longer headers
 
 
 def api_key():
     """Return (the key or "", the variable that it comes from).
 
-    AM_SC_API_KEY_FILE names a file that is read each time; else AM_SC_API_KEY holds the key. Raises
-    UserError if the file holds no key, or may be read by others, or if no header can carry the key.
+    AM_SC_API_KEY_FILE names a file that is read each time; else AM_SC_API_KEY holds the key.
+    Raises UserError if others may read the file, or if it holds no key that a header can carry.
     """
     name = "AM_SC_API_KEY_FILE"
     if path := os.environ.get(name, "").strip():
@@ -29,21 +26,20 @@ def check_header(name, value):
     """Raise UserError if no header can carry the value: MLflow would print it in its message."""
     if not value.isascii() or not value.isprintable() or set(" \"'") & set(value):
         what = f"{name} holds a space, a line break, a quotation mark or a letter outside ASCII"
-        raise UserError(f"{what}: no header can carry it.", "set it again, exactly as it was given.")
+        raise UserError(
+            f"{what}: no header can carry it.", "set it again, exactly as it was given."
+        )
 
 
 def _read_key(path):
     """Return what stands in the key file. One that is being replaced gets a second chance."""
     for pause in (0.5, 0):
         try:
-            # O_NONBLOCK, because opening a pipe would wait for somebody to write into it.
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-            with open(descriptor, encoding="ascii", errors="replace") as file:
-                status = os.fstat(descriptor)
-                if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST_KEY:
-                    problem = "it is no file of one key"
-                    break
-                if os.name == "posix" and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            if os.path.exists(path) and not os.path.isfile(path):
+                problem = "it is not a file"  # but a pipe, say, which would be waited for
+                break
+            with open(path, encoding="ascii", errors="replace") as file:
+                if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
                     raise UserError(
                         f"the key file {path} is open to others than its owner.",
                         f"chmod 600 {path}; and if others use this machine, ask for a new key.",
@@ -55,4 +51,6 @@ def _read_key(path):
             problem = error.strerror
         time.sleep(pause)
     what = f"there is no key in AM_SC_API_KEY_FILE, {path}: {problem}."
-    raise UserError(what, "write it there, alone; renew it by writing a new file beside it, and mv.")
+    raise UserError(
+        what, "write it there, alone; renew it by writing a new file beside it, and mv."
+    )

@@ -17,8 +17,7 @@ from common.errors import UserError
 from . import undocumented
 from .address import address, printable
 from .credentials import CREDENTIALS, belongs_to_server, credential, lie_elsewhere
-from .settings import FIRST_REQUESTS, SETTINGS, environment
-from .tls import trust
+from .settings import FIRST_REQUESTS, SETTINGS, environment, trust
 
 PATIENCE = 13  # seconds for the first requests together, whatever hangs: names, proxies, servers
 
@@ -29,9 +28,8 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
     The address is `tracking_uri`, else MLFLOW_TRACKING_URI, else the AmSC server if there is an API
     key, else a local SQLite file. The first line printed says which, and why.
 
-    Raises UserError with what is wrong and what to do about it, and within 15 seconds what MLflow
-    raises if the server fails (`diagnose` makes two lines of that). If `experiment` is given, one
-    of that name that was deleted, or that keeps its artifacts on another server, is wrong too.
+    Raises UserError, also if `experiment` was deleted or keeps its artifacts on another server; and
+    within 15 seconds what MLflow raises if the server fails (`diagnose` makes two lines of that).
     """
     uri, reason = address(tracking_uri)
     settle()
@@ -57,8 +55,7 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
 def settle():
     """Set the MLflow variables, where the user has not, and register the credentials.
 
-    `connect` does that. A process that another has started, and that inherits its variables, needs
-    no more than this, and `trust()`.
+    `connect` does that. A process that inherits its variables needs only this, and `trust()`.
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -92,6 +89,7 @@ def ask_server(experiment=None):
 
 
 def _look_up(experiment):
+    """Make the first request, whatever is there; return the experiment if it exists."""
     client = mlflow.MlflowClient()
     client.search_experiments(max_results=1)
     return client.get_experiment_by_name(experiment) if experiment else None
@@ -111,10 +109,9 @@ def _check_location(location):
 
 
 def _prepare_sqlite(uri):
-    """Check that the file can be made, and keep its artifacts beside it.
+    """Keep artifacts beside the file; return a context in which no other script opens it.
 
-    Returns a context in which no other script opens the file: two that make its tables at the same
-    moment (a job array, say) would get in each other's way, and one of them fail.
+    One of two that make its tables at the same moment (a job array, say) would fail.
     """
     path = Path(unquote(urlsplit(uri).path[1:])).absolute()
     try:

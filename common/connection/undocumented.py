@@ -31,8 +31,5 @@ def register(provider):
 
 
 def answered(error):
-    """Return the JSON object that a server answered with, {} if the error is none of a server's.
-
-    If `RestException.json` goes, a gateway's refusal in JSON is reported as a server's error.
-    """
+    """Return the JSON that a server answered with, or {}. Without it, messages say less."""
     return getattr(error, "json", {}) if isinstance(error, RestException) else {}

@@ -6,37 +6,26 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
 HANG_TIMEOUT = 6  # seconds before the main thread counts as stuck; some systems send SIGKILL at 10
 
-
-class _Open(NamedTuple):
-    """A run within `always_ended`."""
-
-    run_id: str
-    stop: Callable  # its signal handler
-    ending: threading.Lock  # held by the thread that ends the run
-    another_ended: Callable
-
-
-_open = []  # the innermost run is the last
+# The runs within `always_ended`, the innermost last: (id, signal handler, lock of who ends it,
+# another_ended).
+_open = []
 
 
 @contextlib.contextmanager
 def always_ended(another_ended=lambda: False):
     """Within `with mlflow.start_run()`: end the run for certain, and in bounded time.
 
-    KILLED on SIGTERM and on Ctrl-C, and the process exits with 143 or 130, as shells expect: a
-    batch system sends SIGTERM when the time is up or the job is preempted; Python would die at
-    once, and the run would stay RUNNING for ever. FAILED on an error, which is raised again:
-    `start_run` by itself would wait minutes for a server that is away, and then raise another one.
-    FAILED, too, if `another_ended()` says that the signal came because another of several processes
-    has ended. From then on MLflow does not wait long for a server. Call it in the main thread.
+    KILLED on SIGTERM, which a batch system sends when the time is up, and on Ctrl-C; the process
+    exits with 143 or 130, as shells expect. (Python would die at once, and the run stay RUNNING.)
+    FAILED on an error, which is raised again: `start_run` by itself would wait minutes for a server
+    that is away, and then raise another one. FAILED, too, if `another_ended()` says that the signal
+    came because another of several processes has ended. Call it in the main thread.
     """
     run_id = mlflow.active_run().info.run_id
     received, ending = [], threading.Lock()
@@ -58,7 +47,7 @@ def always_ended(another_ended=lambda: False):
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     hook, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
-        with _watched(_Open(run_id, stop, ending, another_ended)):
+        with _watched((run_id, stop, ending, another_ended)):
             yield
     except BaseException as error:
         ending.acquire()  # never released: this thread ends the run, or the one that found it stuck
@@ -85,9 +74,9 @@ def always_ended(another_ended=lambda: False):
 def _watched(run):
     """End the open runs and the process if a signal does not reach its handler in time.
 
-    Python runs a handler when its main thread returns from C code. One that waits there for a
-    process that hangs, for a GPU or for a disk does not return; but Python writes the number of
-    each signal into a pipe at once, and a thread can read it.
+    Python runs a handler when its main thread returns from C code, and one that waits there for
+    another process, a GPU or a disk may not. But Python writes the number of each signal into a
+    pipe at once, and a thread can read it.
     """
     _open.append(run)
     outermost = len(_open) == 1 and os.name != "nt"  # it watches for all
@@ -109,8 +98,7 @@ def _watched(run):
 
 
 def _leave_to_the_parent():
-    """In a forked process: the open runs are its parent's, and so is the pipe."""
-    if _open:
+    if _open:  # a forked process has neither these runs nor this pipe
         signal.set_wakeup_fd(-1)
         _open.clear()
 
@@ -124,7 +112,7 @@ def _listen(reader):
     with open(reader, "rb", buffering=0) as pipe:
         while number := int.from_bytes(pipe.read(1), "big"):
             handler = signal.getsignal(number)
-            if any(handler is run.stop for run in _open):  # not one that the program has set
+            if any(handler is stop for _, stop, _, _ in _open):  # not one of the program's own
                 time.sleep(HANG_TIMEOUT)
                 if signal.getsignal(number) is handler:  # `stop` replaces it first thing
                     break
@@ -132,13 +120,13 @@ def _listen(reader):
             return
     try:
         name = signal.Signals(number).name
-        for run in reversed(_open):
-            run.ending.acquire()
-            outcome = _end("FAILED" if run.another_ended() else "KILLED", run.run_id)
-            text = f"error: stopped by {name} while it hung; {outcome}."
-            print(text, file=sys.stderr, flush=True)
-        # In a thread, because this hangs if the main thread hangs while it writes.
-        flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+        for run_id, _, ending, another_ended in reversed(_open):
+            ending.acquire()
+            outcome = _end("FAILED" if another_ended() else "KILLED", run_id)
+            print(
+                f"error: stopped by {name} while it hung; {outcome}.", file=sys.stderr, flush=True
+            )
+        flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # it may hang as well
         flush.start()
         flush.join(1)
     finally:

@@ -13,19 +13,19 @@ def check_export(network, input_example):
     import torch
 
     example = torch.from_numpy(input_example)
-    state = network.training
+    training, name = network.training, type(network).__name__
     try:
+        with torch.inference_mode():
+            outputs = network.eval()(example)
+        if not isinstance(outputs, torch.Tensor):
+            raise TypeError(f"it returns a {type(outputs).__name__} in place of one tensor")
         # As `mlflow.pytorch.log_model` does it: any batch size, from the CPU, in eval mode.
-        torch.export.export(
-            network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},)
-        )
-    except (RuntimeError, ValueError) as error:  # PyTorch's own are all of these
+        sizes = ({0: torch.export.Dim.AUTO},)
+        torch.export.export(network, (example,), dynamic_shapes=sizes)
+    except (RuntimeError, TypeError, ValueError) as error:  # PyTorch's own are among these
         reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"the network {type(network).__name__} cannot be exported, so MLflow could not store "
-            f"it after the training: {reason}",
-            "decide by shapes, not by values, in `forward` (torch.where, torch.cond); "
-            "torch.export.export(network, (example,)) shows the line.",
-        ) from error
+        what = f"the network {name} cannot be exported, so MLflow could not store it: {reason}"
+        hint = "`forward` takes and returns one tensor, and decides by shapes, not by values: "
+        raise UserError(what, f"{hint}torch.where in place of `if`.") from error
     finally:
-        network.train(state)
+        network.train(training)

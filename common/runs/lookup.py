@@ -13,29 +13,22 @@ def existing_run(run_id):
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise UserError(
-            f"there is no run {run_id} on the tracking server named above.",
-            "the training script prints the id in its line 'run', and the server before it.",
-        ) from error
+        hint = "the training script prints the id in its line 'run', and the server before it."
+        what = f"there is no run {run_id} on the tracking server named above."
+        raise UserError(what, hint) from error
 
 
 def finished_run(run_id):
     """Return the run `run_id`. Raises UserError if there is none, or if it did not finish."""
     run = existing_run(run_id)
-    status = run.info.status
-    if run.info.lifecycle_stage == "deleted":
-        status = "DELETED"
+    status = "DELETED" if run.info.lifecycle_stage == "deleted" else run.info.status
+    hint = "train again; only a finished run can be registered."
+    if status in ("RUNNING", "SCHEDULED"):
+        hint = "wait until it has finished; or train again: a job killed outright stays RUNNING."
+    elif status == "DELETED":
+        hint = f"mlflow runs restore --run-id {run_id} brings it back."
     if status != "FINISHED":
-        advice = {
-            "RUNNING": "wait until it has finished; a job that was killed outright stays RUNNING, "
-            "and is better trained again.",
-            "SCHEDULED": "wait until it has finished.",
-            "DELETED": f"mlflow runs restore --run-id {run_id} brings it back.",
-        }
-        raise UserError(
-            f"the run {run_id} cannot be registered: it is {status}.",
-            advice.get(status, "train again; only a finished run can be registered."),
-        )
+        raise UserError(f"the run {run_id} cannot be registered: it is {status}.", hint)
     return run
 
 
@@ -45,11 +38,9 @@ def model_uri(run, name="model"):
     That is `models:/m-...` since MLflow 3, and `runs:/RUN_ID/NAME` for a run of MLflow 2. If there
     are several, the one with the largest step. Raises UserError if there is none.
     """
+    wanted = f"source_run_id = '{run.info.run_id}'" + (f" AND name = '{name}'" if name else "")
     logged = mlflow.search_logged_models(
-        experiment_ids=[run.info.experiment_id],
-        filter_string=f"source_run_id = '{run.info.run_id}'"
-        + (f" AND name = '{name}'" if name else ""),
-        output_format="list",
+        [run.info.experiment_id], filter_string=wanted, output_format="list"
     )
     if ready := [model for model in logged if model.status == "READY"]:
         steps = {output.model_id: output.step for output in run.outputs.model_outputs}
@@ -58,11 +49,8 @@ def model_uri(run, name="model"):
     for folder in [name] if name else ["model", "pytorch_model"]:
         if mlflow.MlflowClient().list_artifacts(run.info.run_id, folder):
             return f"runs:/{run.info.run_id}/{folder}"
-    raise UserError(
-        f"the run {run.info.run_id} has no model to register.",
-        "give the id of a run of train_mnist_mlflow.py, Modify_artifact_location.py or "
-        "upload_external_model.py.",
-    )
+    hint = "give the id of a run of a training script, or of upload_external_model.py."
+    raise UserError(f"the run {run.info.run_id} has no model to register.", hint)
 
 
 def run_address(run):

@@ -1,8 +1,4 @@
-"""What a model predicted for each test image: stored with its run, compared after loading.
-
-A model that was registered, uploaded, downloaded or moved is the same model if it still predicts
-the same class for every image of the test set. One image, or the accuracy alone, would not show it.
-"""
+"""What a model predicted for each test image: stored with its run, compared after loading."""
 
 import mlflow
 
@@ -17,41 +13,31 @@ def record_predictions(dataset, split, predicted):
 
 
 def recorded_dataset(run, dataset=None):
-    """Return the name of the data set that `run` was scored on.
-
-    `dataset` is the user's own word. Raises UserError if the run says something else, or if neither
-    says anything.
-    """
+    """Return the data set that `run` was scored on; UserError if the user's `dataset` differs."""
     recorded = run.data.params.get("dataset", dataset)
     if recorded is None:
-        raise UserError(
-            f"the run {run.info.run_id} does not say which data set it was trained on.",
-            "say it: --dataset mnist",
-        )
+        what = f"the run {run.info.run_id} does not say which data set it was trained on."
+        raise UserError(what, "say it: --dataset mnist")
     if dataset not in (None, recorded):
-        raise UserError(
-            f"the run {run.info.run_id} was trained on {recorded}, not on {dataset}.",
-            f"leave --dataset out, or give --dataset {recorded}",
-        )
+        what = f"the run {run.info.run_id} was trained on {recorded}, not on {dataset}."
+        raise UserError(what, f"leave --dataset out, or give --dataset {recorded}")
     return recorded
 
 
 def check_predictions(run, split, evaluation, model_uri):
     """Compare the loaded model's `evaluation` with what `run` recorded, and print the line `check`.
 
-    Every single prediction is compared. A run without recorded predictions (one of a script other
-    than this project's) is compared by its last val_accuracy, to within half an image. Raises
+    Every single prediction is compared: the accuracy alone would not show another model. A run of
+    another project's script is compared by its last val_accuracy, to within half an image. Raises
     UserError if they differ, or if there is nothing to compare with.
     """
     count, accuracy = len(split.labels), evaluation.accuracy
     if _has_predictions(run):
         stored = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{PREDICTIONS}")
         if stored["digest"] != split.digest:
-            raise UserError(
-                f"the test set at hand is not the one that run {run.info.run_id} was scored on "
-                f"(digest {split.digest}, not {stored['digest']}).",
-                "give the --data_dir that the run was trained with.",
-            )
+            digests = f"digest {split.digest}, not {stored['digest']}"
+            what = f"the test set at hand is not the one that the run was scored on ({digests})."
+            raise UserError(what, "give the --data_dir that the run was trained with.")
         pairs = zip(evaluation.predictions.tolist(), stored["predictions"], strict=True)
         different = sum(predicted != expected for predicted, expected in pairs)
         problem = f"predicts {different} of {count} test images differently than the trained one"
@@ -63,17 +49,12 @@ def check_predictions(run, split, evaluation, model_uri):
         problem = f"has an accuracy of {accuracy:.4f}, and the trained one had {expected:.4f}"
         outcome = "val_accuracy as recorded"
     else:
-        raise UserError(
-            f"the run {run.info.run_id} recorded neither predictions nor val_accuracy: there is "
-            "nothing to check the loaded model against.",
-            "train or upload the model with a script of this project.",
-        )
+        what = f"the run {run.info.run_id} recorded neither predictions nor val_accuracy."
+        raise UserError(what, "train or upload the model with a script of this project.")
     if different:
-        raise UserError(
-            f"the loaded model {problem}. Nothing was registered or promoted.",
-            "is it a model of this network, for pixels in [0, 1]? Other code or another "
-            "normalisation shows here.",
-        )
+        hint = "is it this network, for pixels in [0, 1]? Another normalisation shows here."
+        what = f"the loaded model {problem}. Nothing was registered or promoted."
+        raise UserError(what, hint)
     print(f"check    {model_uri}  {outcome}  accuracy {accuracy:.4f}", flush=True)
 
 
@@ -84,5 +65,5 @@ def print_samples(split, predicted, count=5):
 
 
 def _has_predictions(run):
-    files = mlflow.MlflowClient().list_artifacts(run.info.run_id, PREDICTIONS.split("/")[0])
-    return PREDICTIONS in [file.path for file in files]
+    found = mlflow.MlflowClient().list_artifacts(run.info.run_id, PREDICTIONS.split("/")[0])
+    return PREDICTIONS in [file.path for file in found]

@@ -1,8 +1,4 @@
-"""Where a run comes from: the git commit, the user, the batch job.
-
-MLflow records its own `mlflow.source.git.commit`, but not whether the working tree had changes on
-top of that commit, and nothing about a batch job. Copy `git_tags` if you only want that.
-"""
+"""Where a run comes from: the user, the batch job, the git commit and the changes on top of it."""
 
 import getpass
 import os
@@ -10,12 +6,12 @@ import socket
 import subprocess
 from pathlib import Path
 
-# What each scheduler tells its jobs: (scheduler, variable of the job's id, variable of its name).
-SCHEDULERS = (
-    ("slurm", "SLURM_JOB_ID", "SLURM_JOB_NAME"),
-    ("pbs", "PBS_JOBID", "PBS_JOBNAME"),
-    ("lsf", "LSB_JOBID", "LSB_JOBNAME"),
-)
+# The variables in which each scheduler tells its jobs their id and their name.
+SCHEDULERS = {
+    "slurm": ("SLURM_JOB_ID", "SLURM_JOB_NAME"),
+    "pbs": ("PBS_JOBID", "PBS_JOBNAME"),
+    "lsf": ("LSB_JOBID", "LSB_JOBNAME"),
+}
 
 
 def user():
@@ -29,18 +25,16 @@ def user():
 def git_tags(script):
     """Return the tags git.commit, git.branch and git.dirty of the checkout that `script` lies in.
 
-    Outside a checkout, without git, or in a checkout that git does not trust (one that belongs to
-    another user), the result is empty: that is no reason to stop. `git.dirty` is "true" if a
-    tracked file differs from the commit; files that git does not track do not count.
+    The result is empty without git, outside a checkout, and in one that git does not trust, because
+    it is another user's. `git.dirty` is "true" if a tracked file differs from the commit.
     """
-    folder = Path(script).resolve().parent
 
     def git(*arguments):
+        command = ["git", "-C", str(Path(script).resolve().parent), *arguments]
         # The time limit is for shared filesystems, where looking through a checkout can be slow.
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        return subprocess.check_output(
+            command, stderr=subprocess.PIPE, text=True, timeout=10
+        ).strip()
 
     try:
         return {
@@ -55,10 +49,9 @@ def git_tags(script):
 def job_tags():
     """Return the tags host and, inside a batch job, job.scheduler, job.id and job.name."""
     tags = {"host": socket.gethostname()}
-    for scheduler, id_variable, name_variable in SCHEDULERS:
-        if job_id := os.environ.get(id_variable):
+    for scheduler, variables in SCHEDULERS.items():
+        job_id, job_name = map(os.environ.get, variables)
+        if job_id:
             tags |= {"job.scheduler": scheduler, "job.id": job_id}
-            if job_name := os.environ.get(name_variable):
-                tags["job.name"] = job_name
-            break
+            return tags | ({"job.name": job_name} if job_name else {})
     return tags

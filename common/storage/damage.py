@@ -4,8 +4,7 @@ import pickle
 import struct
 import zipfile
 
-# Everything that was seen when such files were read: texts, archives of something else, files cut
-# short, random bytes, pickles that want to run code. An error of the system (OSError) is not one.
+# All that was seen when such files were read. An error of the system (OSError) is not one.
 DAMAGED = (AssertionError, AttributeError, EOFError, LookupError, MemoryError, OverflowError)
 DAMAGED += (RuntimeError, SyntaxError, TypeError, ValueError, pickle.UnpicklingError)
 DAMAGED += (struct.error, zipfile.BadZipFile)

@@ -1,11 +1,12 @@
 """The file that holds a model's weights: where it is, and whether it is still the one it was.
 
-Path, size, SHA-256 and host go to the tracking server as tags of the model and of its versions, so
-that whoever loads it can tell.
+Path, size, SHA-256 and host are tags of the model and of its versions, for whoever loads it.
 """
 
+import contextlib
 import hashlib
 import platform
+import time
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -18,11 +19,10 @@ from .folders import path_of
 from .layout import MODEL_FILE
 
 TAGS = ("file.path", "file.size_bytes", "file.sha256", "file.host")
+REPLACED = "do not use it. Bring the file back, or train again."
 
 
-class ModelFile(NamedTuple):
-    """A file, and what was recorded of it when it was written."""
-
+class ModelFile(NamedTuple):  # with what was recorded when it was written
     path: Path
     size: int | None = None
     sha256: str | None = None
@@ -30,7 +30,6 @@ class ModelFile(NamedTuple):
 
     @property
     def tags(self):
-        """The tags that record it: {"file.path": ..., "file.size_bytes": ...}."""
         return {n: str(v) for n, v in zip(TAGS, self, strict=True) if v is not None}
 
 
@@ -49,67 +48,47 @@ def of_alias(model_name, alias):
     """Return the `ModelFile` of the version that `models:/model_name@alias` stands for.
 
     Only MLflow's metadata is asked. Loading by `models:/` itself would write a file into the folder
-    (MLflow up to 3.17), which may be read-only and belong to someone else. A version without a
-    record of its file has it at MODEL_FILE in its folder. Raises UserError if the file is not
-    there, has another size than the one recorded, or lies on the server.
+    (MLflow up to 3.17), which may be read-only and belong to someone else.
     """
     client = mlflow.MlflowClient()
     version = client.get_model_version_by_alias(model_name, alias)
-    if TAGS[0] in version.tags:
-        return _checked(version.tags)
-    if version.source.startswith("models:/m-"):
+    if TAGS[0] not in version.tags and version.source.startswith("models:/m-"):
         return of_model(version.source)
-    return _checked({}, client.get_model_version_download_uri(model_name, version.version))
+    location = client.get_model_version_download_uri(model_name, version.version)
+    return _checked(version.tags, location)
 
 
-def _checked(tags, location=None):
+def _checked(tags, location):
     if TAGS[0] in tags:
-        path, size, sha256, host = (tags.get(name) for name in TAGS)
+        path, size, sha256, host = map(tags.get, TAGS)
         file = ModelFile(Path(path), int(size), sha256, host)
-        origin = (
-            f"Recorded: {size} bytes, SHA-256 {sha256}, on the host {host}; "
-            f"this is {platform.node()}."
-        )
+        record = f"Recorded: {size} bytes, SHA-256 {sha256}, on the host {host}."
     elif urlsplit(location).scheme in ("", "file"):
         file = ModelFile(path_of(location) / MODEL_FILE)
-        origin = "Neither size nor SHA-256 were recorded."
+        record = "Nothing was recorded of it; a model in MLflow's pickle format has no such file."
     else:
-        raise UserError(
-            f"this model lies on the server ({location}), not on a shared filesystem.",
-            "use register_and_inference.py, or train with Modify_artifact_location.py.",
-        )
+        what = f"this model lies on the server ({location}), not on a shared filesystem."
+        raise UserError(what, "use register_and_inference.py.")
     try:
         size = file.path.stat().st_size
     except OSError as error:
-        raise UserError(
-            f"there is no model at {file.path}, where the tracking server says it is: "
-            f"{error.strerror}. {origin}",
-            "is that filesystem mounted on this machine, and may you read it? A purge policy may "
-            "have removed it, too. A model in MLflow's older pickle format has no such file: "
-            "register_and_inference.py takes it.",
-        ) from error
+        what = f"there is no model at {file.path}: {error.strerror}. {record}"
+        hint = "is that filesystem mounted here, and may you read it? A purge may have removed it."
+        raise UserError(what, hint) from error
     if file.size not in (None, size):
-        raise UserError(
-            f"the model {file.path} has {size} bytes and not those that were recorded. {origin}",
-            "it was cut short, or replaced. Bring the file back, or train again.",
-        )
+        what = f"the model {file.path} has {size} bytes and not those that were recorded. {record}"
+        raise UserError(what, REPLACED)
     return file._replace(size=size)
 
 
 def verify(file):
     """Raise UserError unless the file has the SHA-256 that was recorded when it was written."""
     if file.sha256 is None:
-        raise UserError(
-            f"no SHA-256 was recorded of {file.path}: there is nothing to verify.",
-            "leave --verify out, or write the model with Modify_artifact_location.py.",
-        )
-    found = sha256(file.path)
-    if found != file.sha256:
-        raise UserError(
-            f"the model {file.path} was changed: its SHA-256 is {found}, and {file.sha256} was "
-            f"recorded on the host {file.host}.",
-            "do not use it. Bring the file back, or train again.",
-        )
+        raise UserError(f"no SHA-256 was recorded of {file.path}.", "leave --verify out.")
+    if (found := sha256(file.path)) != file.sha256:
+        record = f"{file.sha256} was recorded on the host {file.host}"
+        what = f"the model {file.path} was changed: its SHA-256 is {found}, and {record}."
+        raise UserError(what, REPLACED)
 
 
 def sha256(path):
@@ -119,3 +98,20 @@ def sha256(path):
         while size := file.readinto(buffer):
             digest.update(memoryview(buffer)[:size])
     return digest.hexdigest()
+
+
+class Measured:  # its `seconds` are set when the block of `measured` ends
+    def report(self, what, size):
+        """Print a line about `size` bytes, and return it as metrics {"write.seconds": ...}."""
+        speed = size / 1e9 / self.seconds
+        print(f"{what:<8} {size / 1e9:.4g} GB  {self.seconds:.3f} s  {speed:.3g} GB/s", flush=True)
+        values = {"seconds": self.seconds, "size_bytes": size, "gigabytes_per_second": speed}
+        return {f"{what}.{name}": value for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def measured():
+    """Measure the block inside: yields a `Measured`."""
+    result, start = Measured(), time.perf_counter()
+    yield result
+    result.seconds = time.perf_counter() - start

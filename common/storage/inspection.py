@@ -1,14 +1,15 @@
 """Would loading a model run code that its author put there? Checked before it is loaded.
 
 `mlflow.pytorch.load_model` runs what a model brings along: pickles, modules in a folder `code`, and
-text in a `.pt2` archive that PyTorch hands to `eval`, `exec` or `import`. MLflow's own switch,
-MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false, stops the pickles alone. Here a model passes only if
-everything in it is known to be harmless. Nothing of it is imported, unpickled or evaluated.
+text in a `.pt2` archive that PyTorch hands to `eval`, `exec` or `import`. Forbidding pickles, as
+MLflow can, stops these alone. Here a model passes only if everything in it is known to be harmless.
 """
 
+import collections
 import contextlib
+import io
 import json
-import os
+import pickletools
 import re
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import mlflow
+import torch
 import yaml
 from mlflow.exceptions import MlflowException
 
@@ -26,8 +28,7 @@ from common.errors import UserError
 
 from . import layout
 from .damage import DAMAGED, reason, require
-from .examples import check_examples
-from .program import check_config, check_program
+from .program import NAME, check_config, check_program
 
 FILES = re.compile(
     r"MLmodel|registered_model_meta|(serving_)?input_example\.json|(conda|python_env)\.yaml|"
@@ -38,12 +39,15 @@ FILES = re.compile(
 SETTINGS = {
     "pytorch": {"model_data": ("data",), "code": (None,)},
     "python_function": {
-        "data": ("data",),
-        "code": (None,),
-        "loader_module": ("mlflow.pytorch",),
+        **{"data": ("data",), "code": (None,), "loader_module": ("mlflow.pytorch",)},
         "pickle_module_name": (None, "mlflow.pytorch.pickle_module"),
     },
 }
+# What the pickle of the example inputs may look up: how to rebuild a tensor. `weights_only=True`
+# alone also takes what other packages have declared safe, some of which opens files.
+GLOBALS = re.compile(r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict")
+LOOKUPS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BUILD"}
+LEAVES = (torch.Tensor, bool, int, float, complex, str, type(None))
 
 
 @contextlib.contextmanager
@@ -51,65 +55,46 @@ def checked_copy(model_uri):
     """Download the model to a temporary folder, check it, and yield the folder to load it from.
 
     What is loaded is the copy that was checked, so nobody can change it in between. It is removed
-    at the end of the block; the loaded model does not need it. Raises UserError if the model may
-    run code, if it cannot be loaded in the block, or if there are no files of it.
+    at the end of the block; the loaded model does not need it.
     """
-    # In a folder that is removed: MLflow would leave a full copy of each model in TMPDIR.
     with tempfile.TemporaryDirectory() as parent:
         folder = mlflow.artifacts.download_artifacts(model_uri, dst_path=parent)
-        if not os.path.exists(f"{folder}/MLmodel"):
-            raise UserError(
-                f"no files of the model {model_uri} are where the tracking server says.",
-                "were they deleted, or moved? For models on a shared filesystem: is it mounted on "
-                "this machine?",
-            )
+        if not Path(folder, "MLmodel").exists():
+            what = f"no files of the model {model_uri} are where the tracking server says."
+            raise UserError(what, "were they deleted, or is a shared filesystem not mounted here?")
         if mlflow.environment_variables.MLFLOW_ALLOW_PICKLE_DESERIALIZATION.get():
-            print(
-                "warning: the model is not checked, and code in it runs with your permissions "
-                "(MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true)",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = "warning: the model is not checked, and code in it runs with your permissions"
+            print(f"{text} (MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true)", file=sys.stderr, flush=True)
         else:
             check_model(folder, model_uri)
         try:
             yield folder
         except (*DAMAGED, OSError, ImportError, MlflowException) as error:
-            raise UserError(
-                f"the model {model_uri} cannot be loaded: {reason(error)}.",
-                "it is damaged, or of a newer PyTorch or MLflow than the ones here.",
-            ) from error
-
-
-def check_model(folder, name=None):
-    """Raise UserError unless loading the model in `folder` runs no code of its author's.
-
-    `name` is what the message calls it. Passes models of the flavor `pytorch` in MLflow's format
-    `pt2`, of tensors, PyTorch's own operations, and sizes that follow from the input by integer
-    arithmetic.
-    """
-    folder = Path(folder)
-    with _refusing(name or folder):
-        _check_folder(folder)
-        _check_records(folder / layout.MODEL_FILE)
+            what = f"the model {model_uri} cannot be loaded: {reason(error)}."
+            raise UserError(what, "it is damaged, or of a newer PyTorch or MLflow.") from error
 
 
 def check_archive(path):
-    """The same for a .pt2 archive alone."""
-    with _refusing(path):
-        _check_records(path)
+    """Raise UserError unless loading the .pt2 archive at `path` runs no code of its author's."""
+    check_model(path)
 
 
-@contextlib.contextmanager
-def _refusing(name):
+def check_model(path, name=None):
+    """Raise UserError unless loading the model at `path` runs no code of its author's.
+
+    Passes MLflow's format `pt2`: tensors, PyTorch's own operations, and sizes that follow from the
+    input by integer arithmetic. `name` is what the message calls it.
+    """
+    path = Path(path)
     try:
-        yield
+        if path.is_dir():
+            _check_folder(path)
+        _check_records(path / layout.MODEL_FILE if path.is_dir() else path)
     except (*DAMAGED, OSError, yaml.YAMLError) as error:
         raise UserError(
-            f"the model {name} may run code when it is loaded: {reason(error)}.",
-            "its author may train again with a script of this project and log that. To run "
-            "whatever is in it, as you and with your keys: "
-            "export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true",
+            f"the model {name or path} may run code when it is loaded: {reason(error)}.",
+            "have its author train it again with a script of this project. To run whatever is in "
+            "it, as you and with your keys: export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true",
         ) from error
 
 
@@ -117,7 +102,7 @@ def _check_folder(folder):
     for path in (folder, *folder.rglob("*")):
         plain = not path.is_symlink() and (path.is_file() or path.is_dir())
         require(plain, f"{path.name} is a link, or no file")
-    require(os.path.getsize(folder / "MLmodel") < 2**17, "MLmodel is too large")
+    require((folder / "MLmodel").stat().st_size < 2**17, "MLmodel is too large")
     # MLflow reads it in the encoding of the locale, which does not matter for ASCII.
     flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="ascii"))["flavors"]
     require("pytorch" in flavors, f"it is of the flavor {', '.join(map(str, flavors))}")
@@ -129,7 +114,7 @@ def _check_folder(folder):
             require(value in values, f"MLmodel has {key}: {shown}")
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        known = FILES.fullmatch(name) and path.is_file() or name == "data" and path.is_dir()
+        known = name == "data" if path.is_dir() else FILES.fullmatch(name)
         require(known, f"{name} is no part of MLflow's format pt2")
 
 
@@ -143,15 +128,42 @@ def _check_records(path):
     # both have to see the same records, each once.
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
-    roots = {info.filename.partition("/")[0] for info in infos}
-    names = [info.filename.partition("/")[2] for info in infos]
-    require(len(roots) == 1 and sorted(records) == sorted(names), "its archive is ambiguous")
+    roots, _, names = zip(*(info.filename.partition("/") for info in infos), strict=True)
+    require(len(set(roots)) == 1 and sorted(records) == sorted(names), "its archive is ambiguous")
     for name, info in zip(names, infos, strict=True):
         require(layout.RECORDS.fullmatch(name), f"{name} does not belong there")
         require(info.compress_type == zipfile.ZIP_STORED, f"{name} is compressed")
-        if not name.startswith(layout.TENSORS):
-            require(info.file_size < layout.LARGEST, f"{name} is too large")
+        fits = name.startswith(layout.TENSORS) or info.file_size < layout.LARGEST
+        require(fits, f"{name} is too large")
     for name in (layout.WEIGHTS_CONFIG, layout.CONSTANTS_CONFIG):
         check_config(json.loads(reader.get_record(name)))
-    check_examples(reader.get_record(layout.EXAMPLE))
+    _check_examples(reader.get_record(layout.EXAMPLE))
     check_program(json.loads(reader.get_record(layout.PROGRAM)))
+
+
+def _check_examples(content):
+    """Raise unless the example inputs, a pickle, are tensors in plain containers with plain keys.
+
+    PyTorch loads any pickle if that of tensors fails, and writes the keys into Python source.
+    """
+    require(content.startswith(layout.SIGNATURE), "its example inputs are in an older format")
+    record = PyTorchFileReader(io.BytesIO(content)).get_record("data.pkl")
+    for operation, argument, _ in pickletools.genops(record):
+        allowed = operation.name not in LOOKUPS
+        if operation.name == "GLOBAL":
+            allowed = GLOBALS.fullmatch(argument)
+        require(allowed, "its example inputs are a pickle that could run code")
+    _check_example(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+
+
+def _check_example(value):
+    if type(value) in (dict, collections.OrderedDict):
+        for key in value:
+            plain = type(key) is int or (type(key) is str and NAME.fullmatch(key))
+            require(plain, f"its example inputs have a key {key!r}")
+        value = [*value.values()]
+    if type(value) in (tuple, list):
+        for inner in value:
+            _check_example(inner)
+    else:
+        require(type(value) in LEAVES, f"its example inputs hold {type(value).__name__}")

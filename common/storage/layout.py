@@ -1,9 +1,7 @@
 """The layout of a `.pt2` archive, MLflow's format for PyTorch models: all its constants, once.
 
-PyTorch does not document it; this is what `torch.export.save` writes since PyTorch 2.10: a zip file
-whose weights lie uncompressed and aligned. When PyTorch changes it, writing.py falls back on
-PyTorch's own writer, and mapping.py and inspection.py refuse the new archives until the new layout
-stands here.
+PyTorch does not document it; `torch.export.save` writes it since PyTorch 2.10. When that changes,
+write_model falls back on PyTorch's own writer, and the new archives are neither mapped nor passed.
 """
 
 import re
@@ -17,8 +15,7 @@ ROOT = "model/"
 VERSIONS = {"archive_format": b"pt2", "archive_version": b"0"}
 WEIGHTS = "data/weights/"
 WEIGHTS_CONFIG = WEIGHTS + "model_weights_config.json"
-CONSTANTS = "data/constants/"
-CONSTANTS_CONFIG = CONSTANTS + "model_constants_config.json"
+CONSTANTS_CONFIG = "data/constants/model_constants_config.json"
 EXAMPLE = "data/sample_inputs/model.pt"  # a pickle
 PROGRAM = "models/model.json"
 PROGRAM_VERSION = 8  # of the schema that PROGRAM follows
@@ -28,17 +25,15 @@ RECORDS = re.compile(
     r"data/weights/(weight_\d+|model_weights_config\.json)|"
     r"data/constants/(tensor_\d+|model_constants_config\.json)"
 )
-TENSORS = (WEIGHTS + "weight_", CONSTANTS + "tensor_")  # records that may be large
+TENSORS = (WEIGHTS + "weight_", "data/constants/tensor_")  # records that may be large
 LARGEST = 2**28  # bytes of any other record
 
-# An entry of WEIGHTS_CONFIG, and what it says of a dense tensor.
-ENTRY = {"path_name", "is_param", "use_pickle", "tensor_meta"}
+ENTRY = {"path_name", "is_param", "use_pickle", "tensor_meta"}  # of WEIGHTS_CONFIG
 STRIDED = 7  # PyTorch's number for the layout of a dense tensor
 ALIGNMENT = 64  # bytes, of each weight in the file
 
 # A record of a zip file: a header, the name, extra fields, the content.
-HEADER = "<4s22xHH"  # signature, length of the name, length of the extra fields
-HEADER_SIZE = 30
+HEADER, HEADER_SIZE = "<4s22xHH", 30  # signature, lengths of the name and of the extra fields
 SIGNATURE = b"PK\x03\x04"
 ZIP64_SIZE = 20  # bytes of the extra field that says that the content may be larger than 4 GB
 

@@ -1,7 +1,6 @@
 """Weights mapped into memory: there at once, whatever their size, without being read.
 
-The weights in a `.pt2` archive and in a `.safetensors` file lie uncompressed and aligned. The
-operating system can make such a file part of a process's memory: a page is read when it is first
+The operating system can make a file part of a process's memory: a page is read when it is first
 used, and all processes on a machine share it. No code from the file is run.
 """
 
@@ -24,21 +23,14 @@ from .weights import differences, read_weights, refuse
 def map_weights(build, path):
     """Return the network that `build()` makes, in eval mode, its weights mapped from `path`.
 
-    A .pt2 archive, or a state dict that `read_weights` reads. The time this takes depends on the
-    number of weights, not on their size. Changing a weight changes this process's copy of its page,
-    never the file. Raises UserError if it cannot be mapped, or is of another network.
+    A .pt2 archive, or a file that `read_weights` reads. Changing a weight never changes the file.
     """
     path = Path(path)
     state_dict = _archive(path) if path.suffix == ".pt2" else read_weights(path, mapped=True)
     # On the device "meta" a network has shapes and no memory.
     with torch.device("meta"):
         network = build().eval()
-    problems = differences(network, state_dict)
-    problems += [  # mapping cannot convert
-        f"{name} is {state_dict[name].dtype} instead of {tensor.dtype}"
-        for name, tensor in network.state_dict().items()
-        if name in state_dict and state_dict[name].dtype != tensor.dtype
-    ]
+    problems = differences(network, state_dict, "dtype")  # mapping cannot convert
     if not problems:
         network.load_state_dict(state_dict, assign=True)
         tensors = [*network.named_parameters(), *network.named_buffers()]
@@ -53,89 +45,60 @@ def _archive(path):
         with path.open("rb") as file:
             return _weights(file)
     except OSError as error:
-        raise UserError(
-            f"the weights {path} cannot be opened: {error.strerror or error}.",
-            "is that filesystem mounted on this machine, and may you read it?",
-        ) from error
+        what = f"the weights {path} cannot be opened: {error.strerror or error}."
+        raise UserError(what, "is that filesystem mounted here, and may you read it?") from error
     except DAMAGED as error:
-        raise UserError(
-            f"the weights {path} cannot be mapped into memory: {reason(error)}.",
-            "mlflow.pytorch.load_model reads what another PyTorch wrote, if you trust its author, "
-            "and Modify_artifact_location.py writes models that can be mapped. Else the file is "
-            "damaged.",
-        ) from error
+        what = f"the weights {path} cannot be mapped into memory: {reason(error)}."
+        hint = "it is damaged; or, if you trust its author, mlflow.pytorch.load_model may read it."
+        raise UserError(what, hint) from error
 
 
 def _weights(file):
+    private = {"access": mmap.ACCESS_COPY}
     if sys.platform == "linux":
         # Without NORESERVE, Linux refuses to map a file larger than the machine's memory, because a
         # process might want to change all of it. Python has the name since 3.13.
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        mapped = mmap.mmap(file.fileno(), 0, flags=flags)
-    else:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        private = {"flags": mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000)}
+    mapped = mmap.mmap(file.fileno(), 0, **private)
     with zipfile.ZipFile(file) as archive:
         infos = {info.filename: info for info in archive.infolist()}
-        root = next(iter(infos)).split("/")[0] + "/"
+        for name, info in infos.items():
+            stored = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
+            require(stored, f"{name} is compressed or encrypted")
+        root = archive.namelist()[0].partition("/")[0] + "/"
         config = root + layout.WEIGHTS_CONFIG
         require(config in infos, f"it has no {config}, as archives of PyTorch before 2.10")
-
-        def small(name):
-            _record(file, len(mapped), infos[name])
-            require(infos[name].file_size < layout.LARGEST, f"{name} is too large")
-            return archive.read(name)
-
-        same_order = small(root + "byteorder") == sys.byteorder.encode()
-        require(same_order, "its byte order is another one")
+        require(infos[config].file_size < layout.LARGEST, f"{config} is too large")
+        order = archive.read(root + "byteorder").decode()
+        require(order == sys.byteorder, f"its byte order is {order}")
         state_dict = {}
-        for name, entry in json.loads(small(config))["config"].items():
-            record, meta = entry["path_name"], entry["tensor_meta"]
+        for name, entry in json.loads(archive.read(config))["config"].items():
             require(entry["use_pickle"] is False, f"{name} is a pickle, which could run code")
-            require(meta["layout"] == layout.STRIDED, f"{name} is not dense")
-            require(meta["dtype"] in layout.PT2_TYPES, f"{name} is of an unknown type")
-            start, size = _record(file, len(mapped), infos[root + layout.WEIGHTS + record])
-            state_dict[name] = _tensor(
-                *(mapped, name, layout.PT2_TYPES[meta["dtype"]], start, size),
-                [number["as_int"] for number in meta["sizes"]],
-                [number["as_int"] for number in meta["strides"]],
-                meta["storage_offset"]["as_int"],
-            )
+            info = infos[root + layout.WEIGHTS + entry["path_name"]]
+            state_dict[name] = _view(file, mapped, info, name, entry["tensor_meta"])
     return state_dict
 
 
-def _record(file, length, info):
-    """Return (start, size) of an uncompressed record of a zip: its content follows its header.
-
-    The header is read and not looked up in the mapped file: the kernel would map up to 2 MB around
-    it, for each weight.
-    """
-    require(
-        info.compress_type == zipfile.ZIP_STORED
-        and info.compress_size == info.file_size
-        and not info.flag_bits & 1,
-        f"{info.filename} is compressed or encrypted",
-    )
-    inside = 0 <= info.header_offset <= length - layout.HEADER_SIZE
-    require(inside, f"{info.filename} lies outside of the file")
-    file.seek(info.header_offset)
-    signature, *sizes = struct.unpack(layout.HEADER, file.read(layout.HEADER_SIZE))
-    start = info.header_offset + layout.HEADER_SIZE + sum(sizes)
-    inside = signature == layout.SIGNATURE and start + info.file_size <= length
-    require(inside, f"{info.filename} lies outside of the file")
-    return start, info.file_size
-
-
-def _tensor(mapped, name, dtype, start, size, sizes, strides, offset):
-    """Return a view of `size` bytes of the file, or raise ValueError if it would leave them."""
-    numbers = [*sizes, *strides, offset]
-    require(
-        len(sizes) == len(strides) and all(type(n) is int and n >= 0 for n in numbers),
-        f"{name} has an impossible shape",
-    )
+def _view(file, mapped, info, name, meta):
+    """Return a weight as a view of its record, or raise ValueError if it would leave that."""
+    require(meta["layout"] == layout.STRIDED, f"{name} is not dense")
+    require(meta["dtype"] in layout.PT2_TYPES, f"{name} is of an unknown type")
+    dtype, offset = layout.PT2_TYPES[meta["dtype"]], meta["storage_offset"]["as_int"]
+    sizes, strides = ([n["as_int"] for n in meta[field]] for field in ("sizes", "strides"))
+    numbers = (*sizes, *strides, offset)
+    possible = len(sizes) == len(strides) and all(type(n) is int and n >= 0 for n in numbers)
+    require(possible, f"{name} has an impossible shape")
     if 0 in sizes:
         return torch.empty(sizes, dtype=dtype)
-    last = offset + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
-    require((last + 1) * dtype.itemsize <= size, f"{name} is larger than its record")
+    count = 1 + offset + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    require(count * dtype.itemsize <= info.file_size, f"{name} is larger than its record")
+    # The header before it is read and not looked up in the mapped file: the kernel would map up to
+    # 2 MB around it, for each weight.
+    file.seek(info.header_offset)
+    signature, *lengths = struct.unpack(layout.HEADER, file.read(layout.HEADER_SIZE))
+    start = info.header_offset + layout.HEADER_SIZE + sum(lengths)
+    inside = signature == layout.SIGNATURE and start + info.file_size <= len(mapped)
+    require(inside, f"{name} lies outside of the file")
     require(start % dtype.itemsize == 0, f"{name} is not aligned")
-    flat = torch.frombuffer(mapped, dtype=dtype, count=last + 1, offset=start)
+    flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
     return flat.as_strided(sizes, strides, offset)

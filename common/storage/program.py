@@ -1,6 +1,6 @@
 """Is the JSON in a `.pt2` archive harmless? PyTorch writes Python source with its texts.
 
-Only what the schema of PyTorch knows may be there, and each text has to look as its field demands.
+Only what PyTorch's schema knows may be there, and each text has to look as its field demands.
 """
 
 import ast
@@ -13,8 +13,7 @@ from enum import IntEnum
 
 import torch
 
-# Private to PyTorch: the form of the JSON. If it changes, models are refused, and this file and
-# `PROGRAM_VERSION` have to learn the new form.
+# Private to PyTorch: the form of the JSON. Models in another form are refused.
 from torch._export.serde import schema
 
 from .damage import require
@@ -22,12 +21,11 @@ from .layout import PROGRAM_VERSION
 
 NAME = re.compile(r"((?!__)[A-Za-z_]\w*)?", re.ASCII)
 PATH = re.compile(r"((?!__)\w[\w-]*(\.(?!__)\w[\w-]*)*)?(@\d+)?", re.ASCII)
-WORDS = re.compile(r"[\w ,.>-]*", re.ASCII)  # arguments such as "mean" and "bij,bjk->bik"
-ANYTHING = re.compile(r".*", re.DOTALL)  # stored beside a node, and never evaluated
 TEXTS = {  # by field; others are a NAME
     **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "fqn"), PATH),
-    **dict.fromkeys(("as_string", "as_strings"), WORDS),
-    **dict.fromkeys(("metadata", "torch_version"), ANYTHING),
+    # Arguments such as "mean" and "bij,bjk->bik"; and what is stored and never evaluated.
+    **dict.fromkeys(("as_string", "as_strings"), re.compile(r"[\w ,.>-]*", re.ASCII)),
+    **dict.fromkeys(("metadata", "torch_version"), re.compile(r".*", re.DOTALL)),
     "path_name": re.compile(r"(weight|tensor)_\d+", re.ASCII),
     "type": re.compile(r"cpu|cuda|xpu|mps"),
 }
@@ -48,36 +46,35 @@ REFUSED = re.compile(r"from_file|save|\w*_backward\w*|ctc_loss|segment_reduce|sp
 PLAIN = re.compile(
     r"((Optional|List)\[)*(Tensor|number|int|float|bool|complex|str|Device|Generator)\]*"
 )
-OTHER_TARGETS = {
-    "math.trunc",
-    *(f"torch.sym_{name}" for name in ("float", "int", "ite", "max", "min", "not", "sqrt")),
-    *(f"_operator.{name}" for name in ("add", "floordiv", "mod", "mul", "neg", "pos", "sub")),
-    *(f"_operator.{name}" for name in ("truediv", "eq", "ge", "gt", "le", "lt", "ne", "and_")),
-    "_operator.or_",
-}
+OTHER_TARGETS = re.compile(
+    r"math\.trunc|torch\.sym_(float|int|ite|max|min|not|sqrt)|"
+    r"_operator\.(add|floordiv|mod|mul|neg|pos|sub|truediv|eq|ge|gt|le|lt|ne|and_|or_)"
+)
 
 # Sizes that depend on the input: "Mul(Integer(2), Symbol('s77', positive=True, integer=True))" in a
 # tensor's shape, and "L['x'].size()[0] >= 2" in a guard.
-FUNCTIONS = {
-    *("Add", "Mul", "FloorDiv", "CleanDiv", "CeilDiv", "Mod", "PythonMod", "ModularIndexing"),
-    *("Max", "Min", "Integer", "Equality", "Unequality", "GreaterThan", "LessThan"),
-    *("StrictGreaterThan", "StrictLessThan", "And", "Or", "Not"),
-}
-# Both PyTorch and sympy change a text before they evaluate it: they take out line breaks, say. With
-# these characters nothing changes its meaning.
+FUNCTIONS = re.compile(
+    r"Add|Mul|FloorDiv|CleanDiv|CeilDiv|Mod|PythonMod|ModularIndexing|Max|Min|Integer|And|Or|Not|"
+    r"Equality|Unequality|(Strict)?(Greater|Less)Than|torch\.sym_(float|int|ite|max|min|not|sqrt)"
+)
+# PyTorch and sympy take out line breaks, say, before they evaluate; these keep their meaning.
 CHARACTERS = re.compile(r"[\w .,()\[\]'<>=!+*/%-]{1,2000}", re.ASCII)
 MOST_CALLS = 30  # in the size of a tensor; sympy takes minutes over a hundred
-OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.USub, ast.Not, ast.boolop)
+INPUT = re.compile(rf"L(\[(\d+|'{NAME.pattern}')\])*", re.ASCII)  # L['x'], L['x'][0]['y']
+OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.USub, ast.Not)
+OPERATORS += (ast.boolop, ast.cmpop)
 
-CONTAINERS = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
+FIELDS = functools.cache(functools.partial(typing.get_type_hints, globalns=vars(schema)))
+INFINITE = ("Infinity", "-Infinity", "NaN")
+CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 
 def check_config(config):
     """Raise unless an archive's list of weights or constants names tensors alone."""
     _check_json(schema.PayloadConfig, config)
     for name, entry in config["config"].items():
-        require(entry["use_pickle"] is False, f"{name} is a pickle")
-        require(entry["tensor_meta"] is not None, f"{name} is no tensor")
+        plain = entry["use_pickle"] is False and entry["tensor_meta"] is not None
+        require(plain, f"{name} is a pickle, or no tensor")
 
 
 def check_program(program):
@@ -91,15 +88,14 @@ def check_program(program):
 def _check_json(kind, value, field=""):
     """Raise unless `value` has the type `kind` of PyTorch's schema, and harmless texts in it."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if is_dataclass(kind):
-        known = _fields(kind)
-        for name, inner in _typed(value, dict, field).items():
-            require(name in known, f"it has an unknown field {name!r}")
-            require(name not in FORBIDDEN or not inner, f"it uses {name}")
-            _check_json(known[name], inner, name)
-    elif type(None) in parts:
+    if type(None) in parts:
         if value is not None:
             _check_json(next(part for part in parts if part is not type(None)), value, field)
+    elif is_dataclass(kind):
+        for name, inner in _typed(value, dict, field).items():
+            require(name in FIELDS(kind), f"it has an unknown field {name!r}")
+            require(name not in FORBIDDEN or not inner, f"it uses {name}")
+            _check_json(FIELDS(kind)[name], inner, name)
     elif origin is list:
         for inner in _typed(value, list, field):
             _check_json(parts[0], inner, field)
@@ -112,10 +108,14 @@ def _check_json(kind, value, field=""):
     elif issubclass(kind, IntEnum):
         kind(_typed(value, int, field))
     elif kind is float:
-        infinite = value in ("Infinity", "-Infinity", "NaN")
-        require(infinite or type(value) in (int, float), f"{field} is odd")
+        require(type(value) in (int, float) or value in INFINITE, f"{field} is odd")
     else:
-        require(type(value) is kind, f"{field} is odd")
+        _typed(value, kind, field)
+
+
+def _typed(value, kind, field):
+    require(type(value) is kind, f"{field or 'it'} is no {kind.__name__}")
+    return value
 
 
 def _allowed(key, field):
@@ -128,31 +128,26 @@ def _allowed(key, field):
     return PATH.fullmatch(key) and not (field.endswith("_values") and key in VARIABLES)
 
 
-@functools.cache
-def _fields(kind):
-    return typing.get_type_hints(kind, vars(schema))
-
-
 def _check_text(text, field):
     if field in ("expr_str", "guards_code"):
-        require(CHARACTERS.fullmatch(text), f"{field} is {text!r}")
-        require(field == "guards_code" or text.count("(") <= MOST_CALLS, f"{field} is too long")
+        short = field == "guards_code" or text.count("(") <= MOST_CALLS
+        require(short and CHARACTERS.fullmatch(text), f"{field} is {text!r}")
         require(_arithmetic(ast.parse(text, mode="eval").body), f"{field} is {text!r}")
     elif field in ("in_spec", "out_spec"):
         version, spec = json.loads(text)
         require(version == 1, "its containers are of an unknown kind")
         _check_container(spec)
     elif field == "target":
-        require(text in OTHER_TARGETS or _on_tensors(text), f"it calls {text}")
+        require(OTHER_TARGETS.fullmatch(text) or _on_tensors(text), f"it calls {text}")
     else:
         require(TEXTS.get(field, NAME).fullmatch(text), f"{field} is {text!r}")
 
 
 def _check_container(spec):
     """Raise unless inputs or outputs come as nested tuples, lists and dicts with plain keys."""
-    require(spec["type"] is None or spec["type"] in CONTAINERS, f"it holds {spec['type']}")
-    keys = json.loads(spec["context"]) if spec["context"] is not None else None
-    for key in _typed(keys, list, "context") if keys is not None else []:
+    require(spec["type"] in CONTAINERS, f"it holds {spec['type']}")
+    keys = json.loads("null" if spec["context"] is None else spec["context"])
+    for key in _typed([] if keys is None else keys, list, "context"):
         require(type(key) is int or NAME.fullmatch(key), f"it has a key {key!r}")
     for child in spec["children_spec"]:
         _check_container(child)
@@ -163,8 +158,7 @@ def _on_tensors(target):
     if not found or REFUSED.fullmatch(found[1]):
         return False
     operation = getattr(getattr(torch.ops.aten, found[1]), found[2])
-    types = [str(argument.type) for argument in operation._schema.arguments]
-    return all(map(PLAIN.fullmatch, types))
+    return all(PLAIN.fullmatch(str(argument.type)) for argument in operation._schema.arguments)
 
 
 def _arithmetic(node):
@@ -172,38 +166,15 @@ def _arithmetic(node):
     match node:
         case ast.Constant():
             return type(node.value) in (int, bool)
-        case ast.Name():
-            return NAME.fullmatch(node.id) is not None
+        case ast.Name(name):
+            return NAME.fullmatch(name)
         case ast.Call(ast.Name("Symbol"), [ast.Constant(str(name))], keywords):
-            values = [keyword.value for keyword in keywords]
-            return bool(NAME.fullmatch(name)) and all(map(_arithmetic, values))
-        case ast.Call(ast.Name(name), arguments, []):
-            return name in FUNCTIONS and all(map(_arithmetic, arguments))
-        case ast.Call(ast.Attribute(ast.Name("torch"), name), arguments, []):
-            return f"torch.{name}" in OTHER_TARGETS and all(map(_arithmetic, arguments))
+            return NAME.fullmatch(name) and all(_arithmetic(keyword.value) for keyword in keywords)
+        case ast.Call(ast.Name() | ast.Attribute(ast.Name("torch")) as function, arguments, []):
+            known = FUNCTIONS.fullmatch(ast.unparse(function))
+            return known and all(map(_arithmetic, arguments))
         case ast.Subscript(ast.Call(ast.Attribute(tensor, "size"), [], []), ast.Constant(int())):
-            return _is_input(tensor)
-        case ast.BinOp(left, operator, right):
-            return isinstance(operator, OPERATORS) and _arithmetic(left) and _arithmetic(right)
-        case ast.UnaryOp(operator, operand):
-            return isinstance(operator, OPERATORS) and _arithmetic(operand)
-        case ast.BoolOp(_, values):
-            return all(map(_arithmetic, values))
-        case ast.Compare(left, _, others):
-            return all(map(_arithmetic, (left, *others)))
-    return False
-
-
-def _is_input(node):
-    """Return whether `node` is an input, such as L['x'] or L['x'][0]['y']."""
-    match node:
-        case ast.Name("L"):
-            return True
-        case ast.Subscript(outer, ast.Constant(key)):
-            return (type(key) is int or NAME.fullmatch(key) is not None) and _is_input(outer)
-    return False
-
-
-def _typed(value, kind, field):
-    require(type(value) is kind, f"{field or 'it'} is no {kind.__name__}")
-    return value
+            return INPUT.fullmatch(ast.unparse(tensor))
+        case ast.BinOp() | ast.UnaryOp() | ast.BoolOp() | ast.Compare():
+            return all(map(_arithmetic, ast.iter_child_nodes(node)))
+    return isinstance(node, OPERATORS)

@@ -13,12 +13,10 @@ common/__init__.py. A network and tensors of your own then take these calls:
     print(training.evaluate(network.eval(), x, y).accuracy)
 
 `epochs` does both for a number of epochs; for several processes, call `join` first.
-
-data.py and networks.py are about MNIST, and device.py stands alone: leave out what you do not need,
-and its two lines below. loop.py needs processes.py, which needs launchers.py.
+data.py, networks.py (both for MNIST) and device.py may be left out, each with its two lines below.
 """
 
-from .data import Split, hold_out, load_data
+from .data import Split, load_data
 from .device import best_device, best_precision
 from .launchers import World
 from .loop import Epoch, Evaluation, epochs, evaluate, train_epoch
@@ -28,5 +26,5 @@ from .processes import another_ended, follow, in_turn, join, leave
 __all__ = ["World", "another_ended", "follow", "in_turn", "join", "leave"]
 __all__ += ["Epoch", "Evaluation", "epochs", "evaluate", "train_epoch"]
 __all__ += ["best_device", "best_precision"]
-__all__ += ["Split", "hold_out", "load_data"]
+__all__ += ["Split", "load_data"]
 __all__ += ["MNISTCNN", "PIXEL_MEAN", "PIXEL_STD", "input_example", "pip_requirements"]

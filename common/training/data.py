@@ -1,11 +1,8 @@
 """MNIST, Fashion-MNIST and the digits of scikit-learn, as tensors in memory (47 MB for MNIST)."""
 
 import hashlib
-import http.client
 import os
-import threading
-import urllib.error
-import urllib.request
+import socket
 from typing import NamedTuple
 
 import torch
@@ -33,8 +30,7 @@ def load_data(dataset, data_dir, train):
     """Return the `Split` of "mnist", "fashion_mnist" or "digits"; `train` says which of the two.
 
     torchvision reads MNIST and Fashion-MNIST from `data_dir`/MNIST/raw and `data_dir`/FashionMNIST/
-    raw, and downloads them if they are not there. Raises UserError, with both ways out, if no
-    server answers within seconds, and if a file there is damaged.
+    raw, and downloads them if they are not there: UserError if it cannot, or if one is damaged.
     """
     if dataset == "digits":
         return _load_digits(train)
@@ -51,14 +47,11 @@ def load_data(dataset, data_dir, train):
         images, labels = raw.data.unsqueeze(1), raw.targets
         if images.shape != (len(labels), 1, 28, 28) or labels.max() >= len(raw.classes):
             raise ValueError(f"{tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
-    except PermissionError as error:
-        hint = "ask its owner for read permission, or choose another --data_dir."
-        raise UserError(f"{error.filename} may not be read.", hint) from error
-    # What torchvision's parser raises on a file that is cut short or something else.
-    except (AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        what = f"the files in {folder} are damaged ({type(error).__name__} {error})."
-        hint = "delete that folder; the next run downloads it again, or copy the files anew."
-        raise UserError(what, hint) from error
+    # What torchvision's parser raises on a file that is cut short, something else, or not readable.
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        what = f"the files in {folder} are damaged or may not be read"
+        hint = "delete that folder, to download it again, or choose another --data_dir."
+        raise UserError(f"{what} ({type(error).__name__} {error}).", hint) from error
     class_names = [name.split(" - ")[0] for name in raw.classes]
     return Split(images, labels, class_names, cls.mirrors[0]).part(slice(None))
 
@@ -79,31 +72,21 @@ def _load_digits(train):
 
 
 def _download(cls, dataset, folder):
-    """Let torchvision download; raise UserError within seconds if there is no network."""
-    name, missing = cls.__name__, f"{dataset} is not in {folder}"
-    ways_out = f"""on a machine with a network, run
-           python -c "from torchvision.datasets import {name}; {name}('data', download=True)"
-       and copy data/{name} into {folder},
-       or use --dataset digits, which needs no download."""
-    if not _any_answers(cls.mirrors):
-        raise UserError(f"{missing}, and no download server can be reached.", ways_out)
+    """Let torchvision download; raise UserError with both ways out if it cannot."""
+    name, patience = cls.__name__, socket.getdefaulttimeout()
+    # Where packets are dropped, urllib by itself would wait for minutes at each address.
+    socket.setdefaulttimeout(5)
     print(f"download {dataset} into {folder}", flush=True)
     try:
         cls(folder, download=True)
-    except (OSError, RuntimeError) as error:  # a folder that cannot be written; every mirror failed
+    except (OSError, RuntimeError) as error:  # RuntimeError: torchvision has tried every server
+        lost = isinstance(error, RuntimeError | ConnectionError | TimeoutError)
+        failure = "no download server can be reached" if lost else "the download failed"
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{missing}, and the download failed: {reason}", ways_out) from error
-
-
-def _any_answers(urls, seconds=10):
-    """Return whether one of the addresses answers an HTTP request, through a proxy if set."""
-    answered = threading.Event()
-
-    def ask():
-        for url in urls:
-            try:
-                urllib.request.urlopen(url, timeout=seconds / len(urls)).close()
-            except (OSError, http.client.HTTPException) as error:
-                if not isinstance(error, urllib.error.HTTPError):  # "forbidden" is an answer, too
-                    continue
-            answered.set()
+        hint = f"""on a machine with a network, run
+           python -c "from torchvision.datasets import {name}; {name}('data', download=True)"
+       and copy data/{name} into {folder},
+       or use --dataset digits, which needs no download."""
+        raise UserError(f"{dataset} is not in {folder}, and {failure}: {reason}", hint) from error
+    finally:
+        socket.setdefaulttimeout(patience)

@@ -16,8 +16,7 @@ def best_device(name="auto", local_rank=0):
     available = {
         "cuda": torch.cuda.is_available(),
         "xpu": torch.xpu.is_available(),
-        # Several processes cannot train together on Apple's GPU.
-        "mps": torch.backends.mps.is_available() and not dist.is_initialized(),
+        "mps": torch.backends.mps.is_available() and not dist.is_initialized(),  # one process only
     }
     if name == "auto":
         name = next((kind for kind in available if available[kind]), "cpu")

@@ -14,6 +14,7 @@ LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
     ("PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID"),  # Aurora, Polaris
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+    ("PMIX_RANK", "WORLD_SIZE", "LOCAL_RANK"),  # PMIx, which names no count
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun
 )
 
@@ -29,23 +30,20 @@ class World(NamedTuple):
 def find(variables):
     """Return the `World` that a launcher's environment variables describe."""
     found = [names for names in LAUNCHERS if names[0] in variables and names[1] in variables]
-    # A number without a count is an error: each process would make a run of its own. In Slurm, the
-    # last of them, it is the batch script.
+    # A number without a count is an error, but in Slurm's batch script.
     found += [names for names in LAUNCHERS[:-1] if names[0] in variables]
     if not found:
         return World()
     rank, size, local_rank = found[0]
-
-    def number(name, default):
-        return int(value) if (value := variables.get(name, "")).isdigit() else default
-
-    here, count = number(rank, 0), number(size, 0)
+    numbers = (variables[rank], variables.get(size, ""))
+    here, count = (int(number) if number.isdigit() else 0 for number in numbers)
     if here >= count:
         what = f"{rank} is {variables[rank]!r} and {size} is {variables.get(size, '')!r}"
         hint = f"unset {rank} and {size} if they are left over from a launcher."
         raise UserError(f"{what}: there is no such process.", hint)
     # With srun --mpi=pmi2, PMI_RANK comes first, and Slurm alone says who is on this node.
-    return World(here, count, number(local_rank, number("SLURM_LOCALID", here)))
+    local = variables.get(local_rank) or variables.get("SLURM_LOCALID") or here
+    return World(here, count, int(local))
 
 
 def meeting_point(variables):
@@ -55,8 +53,7 @@ def meeting_point(variables):
     digits = "".join(re.findall(r"\d+", job.split(".")[0] + variables.get("SLURM_STEP_ID", "")))
     port = variables.get("MASTER_PORT") or str(10000 + int(digits) % 20000 if digits else 29500)
     if not port.isdigit() or not 0 < int(port) < 2**16:
-        what = f"MASTER_PORT is {port!r}, which is not a port number."
-        raise UserError(what, "unset it, or give 29500.")
+        raise UserError(f"MASTER_PORT is {port!r}, which is not a port number.", "unset it.")
     return variables.get("MASTER_ADDR") or _first_node(variables), int(port)
 
 

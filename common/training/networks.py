@@ -11,8 +11,7 @@ PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the MNIST training set, pixels scal
 class MNISTCNN(nn.Module):
     """Two convolutions, one pooling, two dense layers: the usual first network for MNIST.
 
-    Input: float32 pixels in [0, 1], shape (N, 1, 28, 28). Output: logits, shape (N, 10). Weights of
-    this architecture from elsewhere load: normalisation and dropout add no keys to the state dict.
+    Input: float32 pixels in [0, 1], shape (N, 1, 28, 28). Output: logits, shape (N, 10).
     """
 
     def __init__(self):
@@ -35,8 +34,7 @@ class MNISTCNN(nn.Module):
 def input_example(images):
     """Return two images, as pixels in [0, 1], for `log_model(input_example=...)`.
 
-    MLflow exports the model with it: with a batch of one, the exported model takes batches of one
-    for ever, and with a torch tensor in place of a numpy array it cannot be served over REST.
+    A model exported with a batch of one takes no other, and one with a tensor is not served (REST).
     """
     return (images[:2].float() / 255).numpy()
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 import time
 from datetime import timedelta
 
@@ -17,18 +16,10 @@ from .launchers import find, meeting_point
 
 # How long a process waits for another: MLflow asks a server that is away for some four minutes.
 PATIENCE = timedelta(minutes=10)
-# For how many seconds the others go on after a signal: a launcher that saw one of them end first
-# would stop process 0 while it ends the run.
-GRACE = 20
-# Gloo raises RuntimeError, and only its text tells why.
-GLOO, GONE = "gloo", ("losed by peer", "reset by peer")
 
 
 def join():
-    """Return this process's `World`; with more than one process, connect it to the others.
-
-    Whatever ends one of them then ends all within `PATIENCE`. Call `leave` after the last epoch.
-    """
+    """Return this process's `World`; if there are others, connect it to them, until `leave`."""
     world = find(os.environ)
     if world.size == 1:
         return world
@@ -59,10 +50,9 @@ def join():
 
 
 def another_ended():
-    """Return whether another process has ended; called by process 0 when it is told to stop.
+    """Return whether another process has died: process 0 asks when it is told to stop.
 
-    The signal is that of the end of a job's time, after which all live on for `GRACE` seconds, and
-    that by which a launcher stops the others when one has died.
+    Launchers then send the signal that also ends a job's time: those alive live on for a while.
     """
     others = range(1, dist.get_world_size() if dist.is_initialized() else 1)
     messages = [dist.irecv(torch.zeros(1), src=rank, tag=1) for rank in others]  # never sent
@@ -71,15 +61,14 @@ def another_ended():
         try:
             message.wait(timedelta(milliseconds=1))
         except RuntimeError as error:
-            if any(text in str(error) for text in GONE):
+            if "by peer" in str(error):  # closed or reset; Gloo tells the reason in words alone
                 return True
     return False
 
 
 def _end_soon(number, frame):
-    ends = threading.Timer(GRACE, os._exit, (128 + number,))
-    ends.daemon = True
-    ends.start()
+    # Not now: a launcher that saw this process end would stop process 0 while it ends the run.
+    signal.alarm(20)
 
 
 def follow(epochs):
@@ -108,13 +97,12 @@ def in_turn(world):
 def loss_explained():
     """Raise UserError if another process is lost: the same command can succeed later.
 
-    Processes other than 0 exit silently, with 1: srun reports the largest exit code of all, and 75
-    of theirs would hide that process 0 ended for a reason that somebody has to correct.
+    Other processes than 0 exit with 1: srun reports the largest code, and 75 would hide that of 0.
     """
     try:
         yield
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or GLOO in str(error)
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if not (lost and dist.is_initialized()):
             raise
         if dist.get_rank():

@@ -83,16 +83,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def user():
-    """Sets what a user exports, in this process; all is as it was when the test ends."""
-    before = dict(os.environ)
-    yield lambda **variables: os.environ.update(variables)
-    mlflow.set_tracking_uri(None)
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def break_down(box, fault):
     box.die() if fault == "down" else setattr(box, "fault", fault)
 
@@ -152,14 +142,13 @@ def test_check_names_each_fault(fault, code, words, box, box_variables, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "times"), [("503", 2), ("403", 1)])
-def test_short_trouble_is_waited_out(fault, times, box, box_variables, tmp_path):
+def test_short_trouble_is_waited_out(box, box_variables, tmp_path):
     """And then an answer: a batch job does not die of that."""
-    left = iter(range(times))
-    box.fault, box.fault_on = fault, lambda method, path: next(left, None) is not None
+    left = iter(range(2))
+    box.fault, box.fault_on = "503", lambda method, path: next(left, None) is not None
     box.body_limit = 1_500_000
     assert "granted" in run(CHECK, cwd=tmp_path, **box_variables).out
-    assert [r.status for r in box.requests[: times + 1]] == times * [int(fault)] + [200]
+    assert [r.status for r in box.requests[:3]] == [503, 503, 200]
 
 
 # Faults in the middle of the work
@@ -267,7 +256,7 @@ def test_key_is_renewed_during_a_run(box, box_variables, server, tmp_path):
         pytest.param("two\nlines", 0o600, "no header can carry it", marks=pytest.mark.slow),
         pytest.param(f'"{KEY}"', 0o600, "no header can carry it", marks=pytest.mark.slow),
         pytest.param(None, 0o600, "No such file", marks=pytest.mark.slow),
-        pytest.param("a pipe", 0o600, "it is no file of one key", marks=pytest.mark.slow),
+        pytest.param("a pipe", 0o600, "it is not a file", marks=pytest.mark.slow),
     ],
 )
 def test_key_file_that_cannot_be_used(content, mode, words, box, box_variables, tmp_path):
@@ -451,12 +440,13 @@ def test_check_of_the_clock(box, box_variables, tmp_path):
         ({"MLFLOW_TRACKING_URI": "ftp://host"}, 10, "the tracking address"),
         ({"MLFLOW_TRACKING_URI": "https://no-such-host.invalid"}, 13, "is unknown"),
         ({"MLFLOW_TRACKING_SERVER_CERT_PATH": "/none.pem"}, 15, "no PEM certificates"),
+        ({"MLFLOW_TRACKING_CLIENT_CERT_PATH": "/none.pem"}, 15, "no PEM certificates"),
         ({"MLFLOW_TRACKING_SERVER_CERT_PATH": ""}, 15, "no trusted TLS connection"),
         ({"https_proxy": "http://127.0.0.1:9"}, 12, "the proxy on the way to"),
         ({"https_proxy": "http://me:pa#ss@127.0.0.1:9"}, 10, "is no address"),
         ({"https_proxy": "socks5://127.0.0.1:9"}, 10, "pip install pysocks"),
         ({"MLFLOW_HTTP_REQUEST_TIMEOUT": "soon"}, 10, "has an impossible value"),
-        ({"MLFLOW_TRACKING_CLIENT_CERT_PATH": "/none.pem"}, 15, "no PEM certificates"),
+        ({"MLFLOW_TRACKING_INSECURE_TLS": "yes"}, 10, "has an impossible value"),
     ],
 )
 def test_check_of_what_the_user_has_set(variables, code, words, box, box_variables, tmp_path):

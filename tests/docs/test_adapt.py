@@ -163,6 +163,13 @@ def test_a_network_that_cannot_be_stored_is_refused_before_training(tmp_path):
     assert "run   " not in finished.out and "epoch" not in finished.out
 
 
+@pytest.mark.slow
+def test_a_training_that_diverges_stops_at_once(tmp_path):
+    finished = run(SCRIPT, "--lr", "1e30", "--register", cwd=tmp_path, code=1)
+    assert "the training diverged" in finished.error
+    assert "epoch 2" not in finished.out and "model   " not in finished.out
+
+
 def test_an_alias_needs_a_version(tmp_path):
     finished = run(SCRIPT, "--alias", "production", cwd=tmp_path, code=2)
     assert "--alias needs --register" in finished.err

@@ -22,8 +22,7 @@ from conftest import (
     write_mnist,
 )
 
-from common.connection.failures import LATER
-from common.connection.messages import MESSAGES
+from common.connection.failures import LATER, MESSAGES
 from common.errors import TRY_AGAIN, UserError
 from scripts import check_connection
 

@@ -34,6 +34,22 @@ def test_a_network_that_cannot_be_stored_is_found_out_before_training():
     assert "torch.where" in refused.value.hint
 
 
+class Pair(torch.nn.Module):
+    def forward(self, x, y=None):
+        return x, x
+
+
+class TwoInputs(torch.nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+@pytest.mark.parametrize("network", [Pair(), TwoInputs()], ids=["tuple", "two inputs"])
+def test_more_than_one_tensor_is_found_out_too(network):
+    with pytest.raises(UserError, match="cannot be exported"):
+        runs.check_export(network, np.zeros((2, 3), "float32"))
+
+
 def test_a_network_that_can_be_stored_is_left_as_it_was():
     torch.manual_seed(0)
     network = torch.nn.Sequential(

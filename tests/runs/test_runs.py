@@ -251,7 +251,7 @@ def test_other_test_set_is_no_basis_for_a_check(local, tampered):
     before = versions(local)
     run_id = tampered(lambda content: content.update(digest="0" * 32))
     finished = run("register_and_inference.py", "--run_id", run_id, cwd=local.folder, code=1)
-    assert "not the one that run" in finished.error
+    assert "not the one that the run" in finished.error
     assert versions(local) == before
 
 
@@ -284,7 +284,7 @@ print(run.info.run_id)
         (["1", "pt2"], None),
         (["100", "pt2"], None),  # a percentage
         (["0.9", "pt2"], "has an accuracy of"),
-        (["none", "pt2"], "nothing to check"),
+        (["none", "pt2"], "recorded neither"),
         (["1", "pickle"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"),
         (["1", "pt2", "with its code"], "MLmodel has code: code"),
     ],

@@ -396,7 +396,7 @@ def guide_4(walk):
     assert again["model_name"] == "iris" and again["model_version"] == "1"
     assert client.get_model_version("New Registered Model", "1").run_id == run_id
     forest = session.type(f'{USE} from-registry "New Registered Model"', code=1)
-    assert 'cannot be loaded: Model does not have the "pytorch" flavor' in forest.error
+    assert "it is of the flavor python_function, sklearn" in forest.error
 
     port = free_port()
     command = [

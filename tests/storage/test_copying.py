@@ -101,10 +101,10 @@ writing.report("write", path.stat().st_size)
 PURPOSES = {
     "load_weights(": (FOREIGN_WEIGHTS, "weights damage"),
     "map_weights(": (MAPPED, "mapping weights damage layout"),
-    "checked_copy(": (CHECKED, "inspection examples program damage layout"),
+    "checked_copy(": (CHECKED, "inspection program damage layout"),
     "staged(path)": (SHARED, "folders"),
     "of_alias(": (RECORDED, "files folders layout"),
-    "`write_model`": (WRITTEN, "writing hashed damage files folders layout measuring"),
+    "`write_model`": (WRITTEN, "writing damage files folders layout"),
 }
 
 

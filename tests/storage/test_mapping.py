@@ -16,12 +16,11 @@ from safetensors.torch import save_file
 from common.errors import UserError
 from common.storage import (
     MODEL_FILE,
-    add_weights,
     check_archive,
     layout,
     map_weights,
-    without_weights,
 )
+from common.storage.writing import add_weights, without_weights
 from common.training import MNISTCNN
 
 
@@ -200,7 +199,7 @@ REFUSED = {
     "layout": (rewritten(meta("fc1.bias", layout=1)), "not dense"),
     "other shape": (
         rewritten(meta("fc1.bias", sizes=integers(64))),
-        "fc1.bias has shape (64,) instead",
+        "fc1.bias has shape torch.Size([64]) instead",
     ),
     "other dtype": (
         rewritten(meta("fc1.bias", dtype=5, sizes=integers(64))),

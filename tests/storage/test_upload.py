@@ -11,7 +11,8 @@ from conftest import clean_environment, run
 from crafted import Payload
 
 from common.errors import UserError
-from common.storage import load_weights, read_weights
+from common.storage import load_weights
+from common.storage.weights import read_weights
 from common.training import MNISTCNN
 
 # Plain PyTorch, as one finds it outside this project: the guide's network, its own loop.
@@ -146,7 +147,7 @@ def changed(function):
 BAD_FILES = {
     "another network": (
         other_network,
-        ["missing fc2.weight", "unexpected fc3.weight", "(16, 1, 3, 3)"],
+        ["missing fc2.weight", "unexpected fc3.weight", "[16, 1, 3, 3]"],
     ),
     "a whole model": (
         lambda path: torch.save(MNISTCNN(), path),

@@ -15,7 +15,6 @@ from common.errors import UserError
 from common.storage import (
     MODEL_FILE,
     check_model,
-    hashed,
     layout,
     map_weights,
     staged,
@@ -179,14 +178,14 @@ def test_nothing_of_somebody_else_is_removed(network, tmp_path):
 def test_file_of_several_chunks(way, tmp_path, monkeypatch):
     """Past the page cache, and without that (macOS)."""
     if way == "no such thing":
-        monkeypatch.setattr(hashed, "DIRECT", 0)
+        monkeypatch.setattr(writing, "DIRECT", 0)
     network = torch.nn.Linear(3000, 3000).eval()
     pieces = [b"head", memoryview(network.weight.detach().reshape(-1).view(torch.uint8).numpy())]
-    with hashed.HashedFile(tmp_path / "file") as file:
+    with writing.HashedFile(tmp_path / "file") as file:
         for piece in pieces * 2:
             file.write(piece)
     content = b"".join(bytes(piece) for piece in pieces * 2)
-    assert len(content) > 4 * hashed.CHUNK
+    assert len(content) > 4 * writing.CHUNK
     assert (tmp_path / "file").read_bytes() == content
     assert file.sha256.hexdigest() == hashlib.sha256(content).hexdigest()
 
@@ -194,10 +193,10 @@ def test_file_of_several_chunks(way, tmp_path, monkeypatch):
 def test_filesystem_that_refuses_direct_writing_late(tmp_path, monkeypatch, capsys):
     """It opens a file for it, and then does not take what is written, here from an odd address."""
 
-    class Odd(hashed.HashedFile):
+    class Odd(writing.HashedFile):
         def __init__(self, path):
             super().__init__(path)
-            self.chunk = memoryview(bytearray(hashed.CHUNK + 1))[1:]
+            self.chunk = memoryview(bytearray(writing.CHUNK + 1))[1:]
 
     monkeypatch.setattr(writing, "HashedFile", Odd)
     network = torch.nn.Linear(3000, 3000).eval()

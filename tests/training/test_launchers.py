@@ -9,59 +9,56 @@ from common.training.launchers import find, meeting_point
 @pytest.mark.parametrize(
     ("variables", "world"),
     [
-        ({}, (0, 1, 0, 1)),
-        (
-            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
-            (5, 8, 1, 4),
-        ),
+        ({}, (0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (5, 8, 1)),
         # srun, two nodes of four
         (
             {
                 **{"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"},
-                **{"SLURM_NTASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+                "SLURM_NTASKS": "8",
             },
-            (6, 8, 2, 4),
+            (6, 8, 2),
         ),
         # torchrun started by srun, once per node
         (
             {
-                **{"RANK": "4", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"},
+                **{"RANK": "4", "WORLD_SIZE": "8", "LOCAL_RANK": "0"},
                 **{"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"},
             },
-            (4, 8, 0, 4),
+            (4, 8, 0),
         ),
         # The batch script of a job with four tasks, and a login shell within one: one process.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (0, 1, 0, 1)),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, (0, 1, 0, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (0, 1, 0)),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, (0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),
         (
             {
                 **{"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"},
-                **{"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-                "PMIX_RANK": "3",
+                **{"OMPI_COMM_WORLD_LOCAL_RANK": "1", "PMIX_RANK": "3"},
             },
-            (3, 4, 1, 2),
+            (3, 4, 1),
         ),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, (1, 2, 0, 1)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, (1, 2, 0)),
         (
             {
-                **{"PALS_RANKID": "13", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "12"},
+                **{"PALS_RANKID": "13", "PALS_LOCAL_RANKID": "1"},
                 **{"PMI_RANK": "13", "PMI_SIZE": "24"},
             },
-            (13, 24, 1, 12),
+            (13, 24, 1),
         ),
-        ({"PMIX_RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 1, 1)),
     ],
 )
 def test_place_is_read_from_the_launchers_variables(variables, world):
     assert tuple(find(variables)) == world
 
 
-@pytest.mark.parametrize("name", ["RANK", "PMI_RANK", "PMIX_RANK"])
+@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK", "PALS_RANKID", "PMI_RANK"])
 def test_number_without_a_count_is_an_error(name):
     """Each of the processes would otherwise make a run of its own."""
-    with pytest.raises(UserError, match=f"error: {name} is set, and no variable says how many"):
+    with pytest.raises(UserError, match=f"error: {name} is '0' and .* is '': there is no such"):
         find({name: "0"})
+    by_srun = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1"}
+    assert find({name: "0", **by_srun}) == (1, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +67,7 @@ def test_number_without_a_count_is_an_error(name):
         {"RANK": "1", "WORLD_SIZE": "1"},
         {"RANK": "1", "WORLD_SIZE": ""},
         {"RANK": "5", "WORLD_SIZE": "2"},
+        {"RANK": "", "WORLD_SIZE": ""},
     ],
 )
 def test_process_that_cannot_be(variables):
@@ -80,12 +78,11 @@ def test_process_that_cannot_be(variables):
 
 def test_slurm_knows_the_node_where_pmi_does_not():
     """srun --mpi=pmi2; but within a Slurm job mpiexec starts one process per node by srun."""
-    by_slurm = {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-    variables = {"PMI_RANK": "4", "PMI_SIZE": "8", **by_slurm}
-    variables |= {"SLURM_PROCID": "4", "SLURM_STEP_NUM_TASKS": "8"}
-    assert find(variables) == (4, 8, 0, 4)
-    variables |= {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
-    assert find(variables)[:2] == (4, 8)
+    variables = {"PMI_RANK": "5", "PMI_SIZE": "8", "SLURM_LOCALID": "1"}
+    variables |= {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}
+    assert find(variables) == (5, 8, 1)
+    variables |= {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    assert find(variables | {"MPI_LOCALRANKID": "1"}) == (5, 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -132,3 +129,9 @@ def test_list_of_nodes_that_names_none(tmp_path):
 def test_port_that_is_none(port):
     with pytest.raises(UserError, match="error: MASTER_PORT is .*not a port number.\nhint: "):
         meeting_point({"MASTER_PORT": port})
+
+
+def test_a_number_of_pmix_without_a_count_does_not_make_a_run_of_its_own():
+    with pytest.raises(UserError, match="PMIX_RANK is '3' and WORLD_SIZE is '': there is no such"):
+        find({"PMIX_RANK": "3"})
+    assert find({"PMIX_RANK": "3", "WORLD_SIZE": "4"}).rank == 3
