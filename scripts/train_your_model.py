@@ -65,7 +65,7 @@ def loss(outputs, targets):
 
 
 def scores(outputs, targets):
-    """Return metrics for the data that is held out, all of it at once."""
+    """Return metrics, each one number, for the data that is held out, all of it at once."""
     return {"val_loss": loss(outputs, targets), "val_error": (outputs - targets).abs().mean()}
 
 

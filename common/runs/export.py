@@ -25,7 +25,9 @@ def check_export(network, input_example):
     except (RuntimeError, TypeError, ValueError) as error:  # PyTorch's own are among these
         reason = str(error).strip().splitlines()[0][:200]
         what = f"the network {name} cannot be exported, so MLflow could not store it: {reason}"
-        hint = "`forward` takes and returns one tensor, and decides by shapes, not by values: "
-        raise UserError(what, f"{hint}torch.where in place of `if`.") from error
+        hint = (
+            "`forward` takes one tensor of that type, returns one, and does not decide by values: "
+        )
+        raise UserError(what, f"{hint}docs/adapt.md has more.") from error
     finally:
         network.train(training)

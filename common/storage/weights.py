@@ -27,8 +27,7 @@ def load_weights(network, path):
 def read_weights(path, mapped=False):
     """Return the state dict in a .pth, .pt or .safetensors file: a dict of name to CPU tensor.
 
-    The state dict is taken out of a checkpoint, and DataParallel's `module.` out of its names. With
-    `mapped`, nothing is read before it is used.
+    It is taken out of a checkpoint, and `module.` out of its names. `mapped` reads nothing yet.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -37,7 +36,8 @@ def read_weights(path, mapped=False):
             content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except (OSError, ImportError) as error:
         what = f"{path} cannot be read: {getattr(error, 'strerror', None) or error}."
-        raise UserError(what, "check --model_path, or: pip install safetensors") from error
+        hint = "check --model_path. If the package safetensors is not installed, install it."
+        raise UserError(what, hint) from error
     except DAMAGED as error:
         what = f"{path} is no file of plain weights ({reason(error)})."
         raise UserError(what, f"{SAVE}; a pickled model may run code.") from error
