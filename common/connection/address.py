@@ -107,7 +107,8 @@ def _check_proxy(uri):
     except ValueError:
         usable = False
     if not usable or (parts.scheme.startswith("socks") and not importlib.util.find_spec("socks")):
-        raise UserError(
-            "the proxy that http_proxy, https_proxy or all_proxy names is no address of use here.",
-            "write %23 for a # in a password; for socks5://HOST:PORT, pip install pysocks",
+        what = (
+            "the proxy that http_proxy, https_proxy or all_proxy names is no address of use here."
         )
+        hint = "write %23 for a # in a password; for socks5://HOST:PORT, pip install pysocks"
+        raise UserError(what, hint)

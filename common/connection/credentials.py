@@ -128,10 +128,8 @@ def belongs_to_server(url):
 
 def lie_elsewhere(location):
     where = printable(location)
-    return UserError(
-        f"the artifacts lie on another server, {where}, and the key must not go there.",
-        "choose another --experiment, or a run of one that keeps its artifacts here.",
-    )
+    what = f"the artifacts lie on another server, {where}, and the key must not go there."
+    return UserError(what, "choose an --experiment, or a run of one, with its artifacts here.")
 
 
 def keeps_secrets(url):

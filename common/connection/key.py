@@ -26,9 +26,7 @@ def check_header(name, value):
     """Raise UserError if no header can carry the value: MLflow would print it in its message."""
     if not value.isascii() or not value.isprintable() or set(" \"'") & set(value):
         what = f"{name} holds a space, a line break, a quotation mark or a letter outside ASCII"
-        raise UserError(
-            f"{what}: no header can carry it.", "set it again, exactly as it was given."
-        )
+        raise UserError(f"{what}: no header can carry it.", "set it exactly as it was given.")
 
 
 def _read_key(path):
@@ -40,10 +38,8 @@ def _read_key(path):
                 break
             with open(path, encoding="ascii", errors="replace") as file:
                 if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
-                    raise UserError(
-                        f"the key file {path} is open to others than its owner.",
-                        f"chmod 600 {path}; and if others use this machine, ask for a new key.",
-                    )
+                    hint = f"chmod 600 {path}; and if others use this machine, ask for a new key."
+                    raise UserError(f"the key file {path} is open to others than its owner.", hint)
                 if key := file.read().strip():
                     return key
             problem = "it is empty"
@@ -51,6 +47,4 @@ def _read_key(path):
             problem = error.strerror
         time.sleep(pause)
     what = f"there is no key in AM_SC_API_KEY_FILE, {path}: {problem}."
-    raise UserError(
-        what, "write it there, alone; renew it by writing a new file beside it, and mv."
-    )
+    raise UserError(what, "write it there, alone; to renew it, write a file beside it, and mv.")

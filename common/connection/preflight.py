@@ -43,11 +43,8 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
             print(f"tracking {printable(uri)}  ({reason})", flush=True)
             existing = _open_store(uri, experiment)
     if existing and existing.lifecycle_stage == "deleted":
-        restore = f"mlflow experiments restore -x {existing.experiment_id}"
-        raise UserError(
-            f"the experiment {experiment!r} was deleted, and its name is still taken.",
-            f"{restore}, or choose another --experiment.",
-        )
+        hint = f"mlflow experiments restore -x {existing.experiment_id}, or another --experiment."
+        raise UserError(f"the experiment {experiment!r} was deleted, and its name is taken.", hint)
     if existing:
         _check_location(existing.artifact_location)
 
@@ -117,10 +114,9 @@ def _prepare_sqlite(uri):
     try:
         file = path.open("a+b")
     except OSError as error:
-        raise UserError(
-            f"the local store {path} cannot be written: {error.strerror}.",
-            "change to a folder of your own, or give --tracking_uri sqlite:////PATH/mlflow.db",
-        ) from error
+        hint = "change to a folder of your own, or give --tracking_uri sqlite:////PATH/mlflow.db"
+        what = f"the local store {path} cannot be written: {error.strerror}."
+        raise UserError(what, hint) from error
     file.seek(0)
     if file.read(16) not in (b"", b"SQLite format 3\0"):
         raise UserError(f"{path} is no SQLite database.", "give another --tracking_uri.")
@@ -138,7 +134,5 @@ def _open_store(uri, experiment):
         return _look_up(experiment)
     except (ImportError, MlflowException) as error:
         text = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the store {printable(uri)} cannot be opened: {text}.",
-            "is it from a newer MLflow, or is a database's driver to be installed with pip?",
-        ) from error
+        hint = "is it from a newer MLflow, or is a database's driver to be installed with pip?"
+        raise UserError(f"the store {printable(uri)} cannot be opened: {text}.", hint) from error

@@ -104,7 +104,9 @@ def _check_folder(folder):
         require(plain, f"{path.name} is a link, or no file")
     require((folder / "MLmodel").stat().st_size < 2**17, "MLmodel is too large")
     # MLflow reads it in the encoding of the locale, which does not matter for ASCII.
-    flavors = yaml.safe_load((folder / "MLmodel").read_text(encoding="ascii"))["flavors"]
+    description = yaml.safe_load((folder / "MLmodel").read_text(encoding="ascii"))
+    require(not description.get("resources"), "MLmodel names resources, which may be a file")
+    flavors = description["flavors"]
     require("pytorch" in flavors, f"it is of the flavor {', '.join(map(str, flavors))}")
     for flavor, settings in flavors.items():
         require(flavor in SETTINGS, f"it is of the flavor {flavor}")
@@ -147,23 +149,30 @@ def _check_examples(content):
     PyTorch loads any pickle if that of tensors fails, and writes the keys into Python source.
     """
     require(content.startswith(layout.SIGNATURE), "its example inputs are in an older format")
-    record = PyTorchFileReader(io.BytesIO(content)).get_record("data.pkl")
-    for operation, argument, _ in pickletools.genops(record):
+    reader = PyTorchFileReader(io.BytesIO(content))
+    sizes = {name: reader.get_record_size(name) for name in reader.get_all_records()}
+    fits = sizes["data.pkl"] < 2**20 and sum(sizes.values()) < layout.LARGEST
+    require(fits, "its example inputs are too large")
+    for operation, argument, _ in pickletools.genops(reader.get_record("data.pkl")):
         allowed = operation.name not in LOOKUPS
         if operation.name == "GLOBAL":
             allowed = GLOBALS.fullmatch(argument)
         require(allowed, "its example inputs are a pickle that could run code")
-    _check_example(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    _check_example(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), set())
 
 
-def _check_example(value):
+def _check_example(value, seen):
+    mark = id(value)
     if type(value) in (dict, collections.OrderedDict):
         for key in value:
             plain = type(key) is int or (type(key) is str and NAME.fullmatch(key))
             require(plain, f"its example inputs have a key {key!r}")
         value = [*value.values()]
     if type(value) in (tuple, list):
+        # Tuples of one tuple, forty deep, are more than there is time for.
+        require(not value or mark not in seen, "its example inputs hold a container twice")
+        seen.add(mark)
         for inner in value:
-            _check_example(inner)
+            _check_example(inner, seen)
     else:
         require(type(value) in LEAVES, f"its example inputs hold {type(value).__name__}")

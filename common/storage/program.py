@@ -17,7 +17,7 @@ import torch
 from torch._export.serde import schema
 
 from .damage import require
-from .layout import PROGRAM_VERSION
+from .layout import PROGRAM_VERSION, STRIDED
 
 NAME = re.compile(r"((?!__)[A-Za-z_]\w*)?", re.ASCII)
 PATH = re.compile(r"((?!__)\w[\w-]*(\.(?!__)\w[\w-]*)*)?(@\d+)?", re.ASCII)
@@ -42,7 +42,12 @@ OPERATION = re.compile(
     r"torch\.ops\.aten\.([a-z]\w*|_assert_tensor_metadata|_weight_norm|__(?:and|or|xor)__)"
     r"\.([A-Za-z]\w*)"
 )
-REFUSED = re.compile(r"from_file|save|\w*_backward\w*|ctc_loss|segment_reduce|sparse_\w+|to_dense")
+REFUSED = re.compile(
+    r"from_file|save|\w*backward\w*|\w*ctc_loss|segment_reduce|\w*sparse\w*|to_dense|fbgemm_\w+|"
+    r"\w*quant(?!ile)\w*|\w*mkldnn\w*|cudnn_\w+|miopen_\w+|native_batch_norm|data|set_|set_data|"
+    r"shallow_copy_data_|(c?crow_|c?col_|row_)?indices\w*|values\w*|coalesce|hspmm|smm|sspaddmm|"
+    r"convolution_overrideable|fractional_max_pool\dd"
+)
 PLAIN = re.compile(
     r"((Optional|List)\[)*(Tensor|number|int|float|bool|complex|str|Device|Generator)\]*"
 )
@@ -107,6 +112,7 @@ def _check_json(kind, value, field=""):
         _check_text(_typed(value, str, field), field)
     elif issubclass(kind, IntEnum):
         kind(_typed(value, int, field))
+        require(kind is not schema.Layout or value == STRIDED, f"{field} is not dense")
     elif kind is float:
         require(type(value) in (int, float) or value in INFINITE, f"{field} is odd")
     else:

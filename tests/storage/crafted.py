@@ -312,6 +312,33 @@ def expanding_settings(folder, payload):
     (folder / "MLmodel").write_text("\n".join([*lines, settings]))
 
 
+def resources_from_a_file(folder, payload):
+    """MLflow reads the file that they name when it reads MLmodel."""
+    with (folder / "MLmodel").open("a") as file:
+        file.write("resources: /etc/hostname\n")
+
+
+def sparse_operation(folder, payload):
+    """The indices of a sparse tensor can be changed, and are not looked at again."""
+    arguments = {"self": {"as_tensor": {"name": "x"}}}
+    rewrite(folder, first_node("torch.ops.aten.to_sparse.default", arguments))
+
+
+def sparse_layout(folder, payload):
+    arguments = {"size": {"as_ints": [2, 2]}, "layout": {"as_layout": 2}}
+    rewrite(folder, first_node("torch.ops.aten.zeros.default", arguments))
+
+
+def tuples_of_one_tuple(folder, payload):
+    """1 kB that PyTorch would walk through for days."""
+    value = (None,)
+    for _ in range(40):
+        value = (value, value)
+    buffer = io.BytesIO()
+    torch.save((value, {}), buffer)
+    rewrite(folder, replaced={"sample_inputs/model.pt": buffer.getvalue()})
+
+
 RUN = (
     *(size, guard, key_of_an_enum, default_of_a_dict, older_format, planted_code, file_is_made),
     *(key_of_an_example, line_break_in_a_size, line_break_in_a_guard, enum_in_a_context),
@@ -321,5 +348,6 @@ STOPPED = (
     *(older_weights, object_among_constants, weight_as_a_pickle, compiled_library, whole_pickle),
     *(model_data_elsewhere, foreign_loader, linked_archive, two_records_of_a_name),
     *(declared_safe_by_others, graph_as_an_argument, weight_that_is_an_attribute),
-    *(tensor_called_self, unchecked_index, expanding_settings),
+    *(tensor_called_self, unchecked_index, expanding_settings, resources_from_a_file),
+    *(sparse_operation, sparse_layout, tuples_of_one_tuple),
 )
