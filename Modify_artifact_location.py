@@ -70,7 +70,7 @@ def main(argv=None):
         network, optimizer, train, test, args.epochs, args.batch_size, args.seed, precision
     )
     if world.rank > 0:
-        return training.follow(epochs)  # trains along, and leaves MLflow to process 0
+        training.follow(epochs)  # trains along, leaves MLflow to process 0, and ends
 
     # 2. Train and track. Leaving the `with` block ends the run: FINISHED, FAILED or KILLED.
     # [MLflow 2] start_run: one run is one execution of this script. It gets a page with this name;

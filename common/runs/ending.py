@@ -22,10 +22,9 @@ def always_ended(another_ended=lambda: False):
     """Within `with mlflow.start_run()`: end the run for certain, and in bounded time.
 
     KILLED on SIGTERM, which a batch system sends when the time is up, and on Ctrl-C; the process
-    exits with 143 or 130, as shells expect. (Python would die at once, and the run stay RUNNING.)
-    FAILED on an error, which is raised again: `start_run` by itself would wait minutes for a server
-    that is away, and then raise another one. FAILED, too, if `another_ended()` says that the signal
-    came because another of several processes has ended. Call it in the main thread.
+    exits with 143 or 130, as shells expect. FAILED on an error, which is raised again: `start_run`
+    by itself would wait minutes for a server that is away, and then raise another one. FAILED, too,
+    if the signal came because another of several processes has ended. Call it in the main thread.
     """
     run_id = mlflow.active_run().info.run_id
     received, ending = [], threading.Lock()

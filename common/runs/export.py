@@ -6,9 +6,8 @@ from common.errors import UserError
 def check_export(network, input_example):
     """Raise UserError unless MLflow can store `network`, which it exports after the training.
 
-    `network` is on the CPU, `input_example` a numpy array with a batch of at least 2. A network
-    that cannot be exported (its `forward` decides by the values in a tensor, say) would train to
-    the end and then be lost. Takes 1 to 2 s, most of which the export at the end then saves.
+    `network` is on the CPU, `input_example` a numpy array with a batch of at least 2. One that
+    cannot be exported would train to the end and then be lost. Takes 1 to 2 s.
     """
     import torch
 

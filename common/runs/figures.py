@@ -1,7 +1,4 @@
-"""The confusion matrix, as a figure for `mlflow.log_figure`.
-
-It is built without pyplot, so no screen is needed, no window opens, and nothing stays in memory.
-"""
+"""The confusion matrix, as a figure without pyplot: no screen is needed, and no window opens."""
 
 
 def confusion_matrix_figure(labels, predictions, class_names, title):

@@ -27,9 +27,8 @@ def recorded_dataset(run, dataset=None):
 def check_predictions(run, split, evaluation, model_uri):
     """Compare the loaded model's `evaluation` with what `run` recorded, and print the line `check`.
 
-    Every single prediction is compared: the accuracy alone would not show another model. A run of
-    another project's script is compared by its last val_accuracy, to within half an image. Raises
-    UserError if they differ, or if there is nothing to compare with.
+    Every single prediction is compared; a run of another project's script by its last val_accuracy,
+    to within half an image. Raises UserError if they differ, or if there is nothing to compare.
     """
     count, accuracy = len(split.labels), evaluation.accuracy
     if _has_predictions(run):

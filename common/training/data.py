@@ -49,9 +49,10 @@ def load_data(dataset, data_dir, train):
             raise ValueError(f"{tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
     # What torchvision's parser raises on a file that is cut short, something else, or not readable.
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        what = f"the files in {folder} are damaged or may not be read"
+        reason = f"{type(error).__name__} {error}"
+        what = f"the files in {folder} are damaged or may not be read ({reason})."
         hint = "delete that folder, to download it again, or choose another --data_dir."
-        raise UserError(f"{what} ({type(error).__name__} {error}).", hint) from error
+        raise UserError(what, hint) from error
     class_names = [name.split(" - ")[0] for name in raw.classes]
     return Split(images, labels, class_names, cls.mirrors[0]).part(slice(None))
 
@@ -80,13 +81,12 @@ def _download(cls, dataset, folder):
     try:
         cls(folder, download=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: torchvision has tried every server
-        lost = isinstance(error, RuntimeError | ConnectionError | TimeoutError)
-        failure = "no download server can be reached" if lost else "the download failed"
         reason = " ".join(str(error).split())[:300]
         hint = f"""on a machine with a network, run
            python -c "from torchvision.datasets import {name}; {name}('data', download=True)"
        and copy data/{name} into {folder},
        or use --dataset digits, which needs no download."""
-        raise UserError(f"{dataset} is not in {folder}, and {failure}: {reason}", hint) from error
+        what = f"{dataset} is not in {folder}, and it cannot be downloaded: {reason}"
+        raise UserError(what, hint) from error
     finally:
         socket.setdefaulttimeout(patience)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 
-from .processes import loss_explained
+from .processes import end, loss_explained
 
 
 class Evaluation(NamedTuple):
@@ -83,8 +83,10 @@ def train_epoch(model, optimizer, images, labels, batch_size, generator, precisi
         dist.all_reduce(sums)
     mean_loss, accuracy = (sums / len(images)).tolist()
     if not math.isfinite(mean_loss):
+        if rank:
+            end(1)  # process 0 says why
         what = f"the training diverged: the mean loss of this epoch is {mean_loss}."
-        raise SystemExit(1) if rank else UserError(what, "use a smaller --lr.")  # said once
+        raise UserError(what, "use a smaller --lr.")
     return mean_loss, accuracy, time.perf_counter() - start
 
 

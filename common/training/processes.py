@@ -14,8 +14,7 @@ from common.errors import TRY_AGAIN, UserError
 
 from .launchers import find, meeting_point
 
-# How long a process waits for another: MLflow asks a server that is away for some four minutes.
-PATIENCE = timedelta(minutes=10)
+PATIENCE = timedelta(minutes=10)  # MLflow asks a server that is away for some four minutes
 
 
 def join():
@@ -50,10 +49,7 @@ def join():
 
 
 def another_ended():
-    """Return whether another process has died: process 0 asks when it is told to stop.
-
-    Launchers then send the signal that also ends a job's time: those alive live on for a while.
-    """
+    """Return whether another process has died; the launcher's signal is that of a job's end."""
     others = range(1, dist.get_world_size() if dist.is_initialized() else 1)
     messages = [dist.irecv(torch.zeros(1), src=rank, tag=1) for rank in others]  # never sent
     time.sleep(0.2 if messages else 0)
@@ -72,10 +68,17 @@ def _end_soon(number, frame):
 
 
 def follow(epochs):
-    """Train in a process other than 0: go through `training.epochs`, and say nothing."""
+    """Train in a process other than 0: go through `training.epochs`, say nothing, and exit."""
     for _ in epochs:
         pass
     leave()
+    end(0)
+
+
+def end(code):
+    """End a process other than 0; Python's own exit now and then aborts amid PyTorch's threads."""
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def leave():
@@ -106,7 +109,7 @@ def loss_explained():
         if not (lost and dist.is_initialized()):
             raise
         if dist.get_rank():
-            raise SystemExit(1) from error
+            end(1)
         reason = str(error).rpartition("] ")[2].partition(". ")[0]
         what = f"another of the {dist.get_world_size()} processes has ended or hangs: {reason}"
         hint = "what it printed says why; then start all of them again."

@@ -47,7 +47,11 @@ def test_signal_while_python_cleans_up_is_not_lost(tmp_path):
 
     handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     try:
-        with pytest.raises(SystemExit) as stopped, mlflow.start_run() as run, runs.always_ended():
+        with (
+            pytest.raises(SystemExit) as stopped,
+            mlflow.start_run(experiment_id="0") as run,
+            runs.always_ended(),
+        ):
             Object()
             time.sleep(10)
             raise AssertionError("the signal is lost")
