@@ -3,6 +3,8 @@
 import os
 import sys
 import urllib.request
+from pathlib import Path
+from typing import NamedTuple
 
 import mlflow
 import pytest
@@ -35,7 +37,7 @@ def test_the_search_would_find_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory, tls):
-    """All five scripts and the check through a box, well and badly: (folder, outputs, gateways).
+    """All five scripts and the check through a box, well and badly.
 
     Everything that is written is below one folder: the server's database, artifacts and log, the
     working directory, the home directory, TMPDIR, the shared filesystem.
@@ -44,7 +46,7 @@ def scene(tmp_path_factory, tls):
 
     from common import training
 
-    folder = tmp_path_factory.mktemp("scene")
+    folder, results = tmp_path_factory.mktemp("scene"), {}
     for name in ("server", "work", "home", "tmp"):
         (folder / name).mkdir()
     torch.save(training.MNISTCNN().state_dict(), folder / "work" / "weights.pth")
@@ -54,7 +56,9 @@ def scene(tmp_path_factory, tls):
     def script(name, *arguments, **extra):
         finished = run(name, *arguments, cwd=folder / "work", **variables | extra)
         outputs.append(finished.out + finished.err)
-        return finished.result if finished.code == 0 else None
+        if finished.code == 0:
+            results[name] = finished.result | {"printed": finished.out, "until": len(box.requests)}
+        return results.get(name)
 
     with (
         mlflow_server(folder / "server") as uri,
@@ -70,12 +74,21 @@ def scene(tmp_path_factory, tls):
             "TMPDIR": str(folder / "tmp"),
             "MLFLOW_LOGGING_LEVEL": "DEBUG",
         }
-        run_id = script("train_mnist_mlflow.py", *digits, "--register")["run_id"]
-        script("register_and_inference.py", "--run_id", run_id)
-        script("upload_external_model.py", "--model_path", "weights.pth", *digits)
-        target = ("--target_path", folder / "shared")
+        name = ("--model_name", "SERVED_CNN")
+        run_id = script("train_mnist_mlflow.py", *digits, "--register", *name)["run_id"]
+        script("register_and_inference.py", "--run_id", run_id, *name)
+        name = ("--model_name", "UPLOADED_CNN", "--alias", "candidate")
+        script("upload_external_model.py", "--model_path", "weights.pth", *digits, *name)
+        target, name = ("--target_path", folder / "shared"), ("--model_name", "LARGE_CNN")
         run_id = script("Modify_artifact_location.py", *digits, *target)["run_id"]
-        script("Modify_artifact_location_register_inference.py", "--run_id", run_id)
+        script("Modify_artifact_location_register_inference.py", "--run_id", run_id, *name)
+        store = mlflow.MlflowClient(uri)
+        found = {
+            "run": store.get_run(results["train_mnist_mlflow.py"]["run_id"]),
+            "SERVED_CNN": store.get_model_version_by_alias("SERVED_CNN", "production"),
+            "UPLOADED_CNN": store.get_model_version_by_alias("UPLOADED_CNN", "candidate"),
+            "LARGE_CNN": store.get_model_version_by_alias("LARGE_CNN", "production"),
+        }
         box.body_limit = 1_500_000
         script("scripts/check_connection.py")
         # Badly: an error page that repeats the request's headers, first and in the middle.
@@ -85,32 +98,84 @@ def scene(tmp_path_factory, tls):
         script("train_mnist_mlflow.py", *digits, code=1)
         box.fault, box.redirect_to = "redirect", elsewhere.uri
         script("train_mnist_mlflow.py", *digits, code=1)
-    return folder, outputs, box, elsewhere
+    return Scene(folder, outputs, box, elsewhere, results, found)
+
+
+class Scene(NamedTuple):
+    folder: Path
+    outputs: list  # what each script printed
+    box: Gateway
+    elsewhere: Gateway  # where a redirect leads
+    results: dict  # the last line of each script that succeeded, and how many requests there were
+    found: dict  # what was looked up in the store when all five had succeeded
 
 
 def test_every_request_carries_the_key(scene):
-    _, _, box, _ = scene
-    assert box.requests
-    assert [r.path for r in box.requests if r.headers.get("x-api-key") != KEY] == []
+    assert scene.box.requests
+    assert [r.path for r in scene.box.requests if r.headers.get("x-api-key") != KEY] == []
+
+
+def test_what_is_trained_is_tracked_registered_and_promoted(scene):
+    """The plot, the predictions and the model go through the gateway, each once."""
+    trained = scene.results["train_mnist_mlflow.py"]
+    registered = scene.results["register_and_inference.py"]
+    words = "(from MLFLOW_TRACKING_URI; X-Api-Key from AM_SC_API_KEY, bearer token)"
+    first, second = trained["printed"].splitlines()[:2]
+    assert first == f"tracking {scene.box.uri}  {words}"
+    run_id = trained["run_id"]
+    assert second.endswith(f"/runs/{run_id}") and second.startswith(f"run      {run_id}")
+    sent = [r.path for r in scene.box.requests[: trained["until"]] if r.method == "PUT"]
+    for name in ("confusion_matrix.png", "predictions/test.json", "MLmodel", "model.pt2"):
+        assert sum(path.endswith(name) for path in sent) == 1, name
+    run, version = scene.found["run"], scene.found["SERVED_CNN"]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["val_accuracy"] == trained["val_accuracy"]
+    assert (trained["model_version"], registered["model_version"]) == ("1", "2")
+    assert (str(version.version), version.run_id) == ("2", run_id)
+    assert registered["val_accuracy"] == trained["val_accuracy"]
+
+
+def test_what_is_uploaded_is_registered(scene):
+    uploaded = scene.results["upload_external_model.py"]
+    start = scene.results["register_and_inference.py"]["until"]
+    sent = scene.box.requests[start : uploaded["until"]]
+    assert any(r.method == "PUT" and r.path.endswith("model.pt2") for r in sent)
+    assert scene.found["UPLOADED_CNN"].run_id == uploaded["run_id"]
+
+
+def test_large_model_pair_sends_no_file_to_the_server(scene):
+    trained = scene.results["Modify_artifact_location.py"]
+    registered = scene.results["Modify_artifact_location_register_inference.py"]
+    assert registered["model_path"] == trained["model_path"]
+    assert registered["val_accuracy"] == trained["val_accuracy"]
+    start = scene.results["upload_external_model.py"]["until"]
+    sent = scene.box.requests[start : registered["until"]]
+    assert sent and [r.path for r in sent if "mlflow-artifacts" in r.path] == []
+    assert scene.found["LARGE_CNN"].run_id == trained["run_id"]
+
+
+def test_nothing_is_left_behind(scene):
+    """In the working directory; and MLflow leaves each model that it downloads in TMPDIR."""
+    assert [path.name for path in (scene.folder / "work").iterdir()] == ["weights.pth"]
+    assert [path for path in (scene.folder / "tmp").rglob("*") if path.is_file()] == []
 
 
 def test_nothing_that_was_printed_holds_a_secret(scene):
-    _, outputs, _, _ = scene
-    assert outputs
-    assert sum("<secret>" in text for text in outputs) == 2, "the error pages were not repeated"
-    for text in outputs:
+    assert scene.outputs
+    repeated = sum("<secret>" in text for text in scene.outputs)
+    assert repeated == 2, "the error pages were not repeated"
+    for text in scene.outputs:
         assert KEY not in text and TOKEN not in text
 
 
 def test_nothing_that_was_written_holds_a_secret(scene):
-    folder, _, _, _ = scene
-    names = {path.name for path in folder.rglob("*")}
+    names = {path.name for path in scene.folder.rglob("*")}
     assert {"mlflow.db", "server.log", "model.pt2", "MLmodel", "confusion_matrix.png"} <= names
-    assert found_in(folder) == []
+    assert found_in(scene.folder) == []
 
 
 def test_nothing_was_sent_to_where_a_redirect_leads(scene):
-    assert scene[3].requests == []
+    assert scene.elsewhere.requests == []
 
 
 def test_no_traceback_holds_a_secret(tmp_path):

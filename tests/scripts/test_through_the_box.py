@@ -1,4 +1,4 @@
-"""All five scripts against a real `mlflow server` behind a gateway: TLS, a key, zero leaks."""
+"""A `mlflow server` behind a gateway: weights in place, TLS unverified, the copied key patch."""
 
 import mlflow
 import pytest
@@ -21,100 +21,6 @@ def gateway(box):
 @pytest.fixture
 def variables(box_variables):
     return box_variables
-
-
-def assert_key_was_not_shown(finished):
-    assert KEY not in finished.out + finished.err
-
-
-def test_train_register_and_infer(server, gateway, variables, tmp_path):
-    client = mlflow.MlflowClient(server)
-    scratch, work = tmp_path / "scratch", tmp_path / "work"
-    scratch.mkdir()
-    work.mkdir()
-    variables["TMPDIR"] = str(scratch)
-    trained = run(
-        "train_mnist_mlflow.py",
-        *("--dataset", "digits", "--register", "--model_name", "SERVED_CNN"),
-        cwd=work,
-        **variables,
-    )
-    first, second = trained.out.splitlines()[:2]
-    words = "(from MLFLOW_TRACKING_URI; X-Api-Key from AM_SC_API_KEY)"
-    assert first == f"tracking {gateway.uri}  {words}"
-    run_id = trained.result["run_id"]
-    assert second.endswith(f"/runs/{run_id}") and second.startswith(f"run      {run_id}")
-    assert list(work.iterdir()) == []
-
-    # The plot, the predictions and the model went through the gateway, with the key.
-    uploads = [r.path for r in gateway.artifact_uploads()]
-    for name in ("confusion_matrix.png", "predictions/test.json", "MLmodel", "model.pt2"):
-        assert sum(path.endswith(name) for path in uploads) == 1, name
-
-    logged = client.get_run(run_id)
-    assert logged.info.status == "FINISHED"
-    assert logged.data.metrics["val_accuracy"] == trained.result["val_accuracy"]
-    version = client.get_model_version_by_alias("SERVED_CNN", "production")
-    assert (str(version.version), version.run_id) == ("1", run_id)
-    assert KEY not in str(logged.to_dictionary())
-
-    # The guide's second command, on the same run: another version, and the alias on it.
-    registered = run(
-        "register_and_inference.py",
-        *("--run_id", run_id, "--model_name", "SERVED_CNN"),
-        cwd=work,
-        **variables,
-    )
-    assert registered.result["model_version"] == "2"
-    assert registered.result["val_accuracy"] == trained.result["val_accuracy"]
-    version = client.get_model_version_by_alias("SERVED_CNN", "production")
-    assert str(version.version) == "2"
-    assert_key_was_not_shown(trained)
-    assert_key_was_not_shown(registered)
-    # MLflow leaves each model that it downloads in TMPDIR; the scripts do not.
-    assert [path for path in scratch.rglob("*") if path.is_file()] == []
-
-
-def test_upload(server, gateway, variables, tmp_path):
-    import torch
-
-    from common import training
-
-    torch.save(training.MNISTCNN().state_dict(), tmp_path / "weights.pth")
-    uploaded = run(
-        "upload_external_model.py",
-        *("--model_path", "weights.pth", "--dataset", "digits"),
-        *("--model_name", "UPLOADED_CNN", "--alias", "candidate"),
-        cwd=tmp_path,
-        **variables,
-    )
-    version = mlflow.MlflowClient(server).get_model_version_by_alias("UPLOADED_CNN", "candidate")
-    assert version.run_id == uploaded.result["run_id"]
-    assert any(r.path.endswith("model.pt2") for r in gateway.artifact_uploads())
-    assert_key_was_not_shown(uploaded)
-
-
-def test_large_model_pair_sends_no_file_to_the_server(server, gateway, variables, tmp_path):
-    target, work = tmp_path / "shared", tmp_path / "work"
-    work.mkdir()
-    trained = run(
-        "Modify_artifact_location.py",
-        *("--dataset", "digits", "--target_path", target, "--experiment", tmp_path.name),
-        cwd=work,
-        **variables,
-    )
-    registered = run(
-        "Modify_artifact_location_register_inference.py",
-        *("--run_id", trained.result["run_id"], "--model_name", "LARGE_CNN"),
-        cwd=work,
-        **variables,
-    )
-    assert registered.result["model_path"] == trained.result["model_path"]
-    assert registered.result["val_accuracy"] == trained.result["val_accuracy"]
-    assert [r.path for r in gateway.requests if "mlflow-artifacts" in r.path] == []
-    assert list(work.iterdir()) == []
-    version = mlflow.MlflowClient(server).get_model_version_by_alias("LARGE_CNN", "production")
-    assert version.run_id == trained.result["run_id"]
 
 
 def test_weights_registered_where_they_lie(server, gateway, variables, tmp_path):
