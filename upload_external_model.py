@@ -67,7 +67,7 @@ def main(argv=None):
     if args.in_place:
         path = Path(os.path.abspath(path))
         if path.suffix == ".pt2":  # mapping runs nothing in it, but torch.export.load would
-            storage.check_archive(path)
+            storage.check_model(path)
         with storage.measured() as loading:
             network = storage.map_weights(training.MNISTCNN, path)
     else:

@@ -25,6 +25,7 @@ from gateway import Gateway
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"  # real MNIST, where a machine has it
 KEY = "test-key-0123456789"
+SECONDS = 100  # MLflow by itself would take longer; on a busy machine, importing it takes most
 
 REAL_MNIST = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no real MNIST in {REAL_DATA}")
 
@@ -114,6 +115,15 @@ def run(script, *arguments, cwd, code=0, timeout=600, **variables):
         f"{command} ended with {finished.code}\n{finished.out}{finished.err}"
     )
     return finished
+
+
+def fails(script, *arguments, cwd, code=1, **variables):
+    """Run a script that must fail with a message, no traceback and no key; return the message."""
+    finished = run(script, *arguments, cwd=cwd, code=code, timeout=SECONDS, **variables)
+    assert "Traceback" not in finished.err
+    assert "\nhint:  " in finished.error
+    assert KEY not in finished.out + finished.err
+    return finished.error
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ things, leave the other files out, together with their lines below and their nam
 
 from .files import measured, of_alias, of_model, recorded, sha256, verify
 from .folders import check_experiment, check_space, open_to_group, path_of, prepare, staged
-from .inspection import check_archive, check_model, checked_copy
+from .inspection import check_model, checked_copy
 from .layout import MODEL_FILE
 from .mapping import map_weights
 from .weights import load_weights
@@ -26,4 +26,4 @@ from .writing import write_model
 
 __all__ = ["MODEL_FILE", "of_alias", "of_model", "recorded", "verify", "load_weights", "measured"]
 __all__ += ["check_experiment", "check_space", "open_to_group", "path_of", "prepare", "staged"]
-__all__ += ["check_archive", "check_model", "checked_copy", "map_weights", "sha256", "write_model"]
+__all__ += ["check_model", "checked_copy", "map_weights", "sha256", "write_model"]

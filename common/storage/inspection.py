@@ -74,11 +74,6 @@ def checked_copy(model_uri):
             raise UserError(what, "it is damaged, or of a newer PyTorch or MLflow.") from error
 
 
-def check_archive(path):
-    """Raise UserError unless loading the .pt2 archive at `path` runs no code of its author's."""
-    check_model(path)
-
-
 def check_model(path, name=None):
     """Raise UserError unless loading the model at `path` runs no code of its author's.
 

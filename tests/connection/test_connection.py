@@ -22,7 +22,9 @@ from conftest import (
     KEY,
     ROOT,
     SCRIPTS,
+    SECONDS,
     clean_environment,
+    fails,
     run,
     training_process,
     wait_for_line,
@@ -33,7 +35,6 @@ from mlflow.exceptions import MlflowException
 from common import connection
 
 CHECK = "scripts/check_connection.py"
-SECONDS = 100  # MLflow by itself would take longer; on a busy machine, importing it takes most
 
 ARGUMENTS = {
     "train_mnist_mlflow.py": ("--dataset", "digits"),
@@ -60,16 +61,6 @@ FAULTS = [
     ("drop", "dropped", 75, 17, "dropped the connection halfway"),
     ("down", "no_server", 75, 14, "no server answers at"),
 ]
-
-
-def fails(script, *arguments, code, cwd, **variables):
-    """Run a script that must end with `code` and a message of two lines; return the message."""
-    arguments = arguments or ARGUMENTS[script]
-    finished = run(script, *arguments, cwd=cwd, code=code, timeout=SECONDS, **variables)
-    assert "Traceback" not in finished.err
-    assert "\nhint:  " in finished.error
-    assert KEY not in finished.out + finished.err
-    return finished.error
 
 
 @pytest.fixture
@@ -102,7 +93,7 @@ def test_fault_before_work_starts(fault, script, box, box_variables, folder):
     code = check_code if script == CHECK else code
     before = sorted(folder.iterdir())
     break_down(box, fault)
-    error = fails(script, code=code, cwd=folder, **box_variables)
+    error = fails(script, *ARGUMENTS[script], code=code, cwd=folder, **box_variables)
     assert words in error and error.count("\n") == 2
     left = set(folder.iterdir()) - set(before) - {folder / "shared"}
     assert left == set(), "something was written before the server had answered"
@@ -272,7 +263,13 @@ def test_key_file_that_cannot_be_used(content, mode, words, box, box_variables, 
     assert KEY not in finished.out + finished.err
     assert box.requests == []
     if mode == 0o604:
-        assert words in fails("train_mnist_mlflow.py", code=1, cwd=tmp_path, **variables)
+        assert words in fails(
+            "train_mnist_mlflow.py",
+            *ARGUMENTS["train_mnist_mlflow.py"],
+            code=1,
+            cwd=tmp_path,
+            **variables,
+        )
         assert box.requests == []
 
 

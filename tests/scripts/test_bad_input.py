@@ -5,18 +5,7 @@ import struct
 
 import mlflow
 import pytest
-from conftest import run, write_mnist
-
-SECONDS = 100  # MLflow by itself would take longer; on a busy machine, importing it takes most
-
-
-def fails(script, *arguments, cwd, code=1, **variables):
-    """Run a script that must fail with a message and no traceback; return the message."""
-    finished = run(script, *arguments, cwd=cwd, code=code, timeout=SECONDS, **variables)
-    assert "Traceback" not in finished.err
-    assert "\nhint:  " in finished.error
-    return finished.error
-
+from conftest import fails, write_mnist
 
 # Runs
 

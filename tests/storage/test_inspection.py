@@ -15,7 +15,7 @@ from conftest import ROOT, Session, clean_environment, mlflow_server
 from gateway import Gateway
 
 from common.errors import UserError
-from common.storage import check_archive, check_model
+from common.storage import check_model
 
 KEY = "key-of-the-inspection-0123456789"
 # Writes the key of whoever loads the model into a file, as a thief would send it.
@@ -146,7 +146,7 @@ def test_networks_of_other_kinds_pass(tmp_path):
         torch.export.save(
             torch.export.export(network.eval(), (example,), dynamic_shapes=sizes), archive
         )
-        check_archive(archive)
+        check_model(archive)
 
 
 # At random

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from common.errors import UserError
 from common.storage import (
     MODEL_FILE,
-    check_archive,
+    check_model,
     layout,
     map_weights,
 )
@@ -252,7 +252,7 @@ def test_no_code_from_the_file_is_run(planted, pt2, network, tmp_path):
     assert replaced
     assert_same(map_weights(MNISTCNN, path), network)
     with pytest.raises(UserError, match="may run code when it is loaded"):
-        check_archive(path)
+        check_model(path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
 
 
