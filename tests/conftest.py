@@ -17,6 +17,7 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import trustme
@@ -204,6 +205,13 @@ def pytest_xdist_make_scheduler(config, log):
 def elsewhere(tmp_path, monkeypatch):
     """No test works in the project's folder: opening a SQLite store makes ./mlruns."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    """What a test sets, or what `connect` sets in it, the next one in this process does not see."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 class Session:
