@@ -201,17 +201,21 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """No test works in the project's folder: opening a SQLite store makes ./mlruns."""
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def own_environment():
     """What a test sets, or what `connect` sets in it, the next one in this process does not see."""
     with mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(own_environment, tmp_path, monkeypatch):
+    """No test works in the project's folder: opening a SQLite store makes ./mlruns.
+
+    The environment comes first: `monkeypatch` puts back what it found, and `connect` may have
+    set that.
+    """
+    monkeypatch.chdir(tmp_path)
 
 
 class Session:
