@@ -34,6 +34,7 @@ def main(argv=None):
         parser.error("--model_name needs --register")
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    import functools
     import importlib.util
 
     import mlflow
@@ -46,7 +47,6 @@ def main(argv=None):
     if world.rank == 0:  # the one that talks to MLflow
         folder = storage.prepare(args.target_path)
         connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
-        storage.check_experiment(args.experiment, folder)
     with training.in_turn(world):
         train = training.load_data(args.dataset, args.data_dir, train=True)
         test = training.load_data(args.dataset, args.data_dir, train=False)
@@ -57,8 +57,9 @@ def main(argv=None):
         runs.check_export(network, training.input_example(test.images))  # can it be stored?
         # [MLflow 13] create_experiment: the only place where an artifact location can be set.
         # MLflow writes to a file:// location from this machine; the server never sees the files.
-        if mlflow.get_experiment_by_name(args.experiment) is None:  # else it was checked above
-            mlflow.create_experiment(args.experiment, artifact_location=folder.as_uri())
+        if mlflow.get_experiment_by_name(args.experiment) is None:
+            runs.patiently(mlflow.create_experiment, args.experiment, folder.as_uri())
+        storage.check_experiment(args.experiment, folder)  # it may have been there before
         # [MLflow 1] set_experiment: the run joins the others of this one, on the left in the UI.
         experiment = mlflow.set_experiment(args.experiment)
 
@@ -66,30 +67,43 @@ def main(argv=None):
     precision = training.best_precision(args.precision, device)
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, fused=True)
-    epochs = training.epochs(
-        network, optimizer, train, test, args.epochs, args.batch_size, args.seed, precision
-    )
+    params = {"batch_size": args.batch_size, "epochs": args.epochs, "learning_rate": args.lr}
+    params |= {"optimizer": type(optimizer).__name__, "seed": args.seed, "dataset": args.dataset}
+    params |= {"device": device.type, "precision": precision, "processes": world.size}
+    # With --checkpoint, the next job goes on from here if its settings are the same.
+    settings = vars(args) | params | {"data": train.digest + test.digest}
+    settings["tracking_uri"] = connection.printable(mlflow.get_tracking_uri()).rstrip("/")
+    checkpoint = training.Checkpoint(args.checkpoint, settings, network, optimizer)
+    how = (args.epochs, args.batch_size, args.seed, precision, checkpoint)
+    epochs = training.epochs(network, optimizer, train, test, *how)
     if world.rank > 0:
         training.follow(epochs)  # trains along, leaves MLflow to process 0, and ends
+    ids = (experiment.experiment_id, checkpoint.launch)
+    earlier = runs.one_run(*ids, needed=checkpoint.result is not None)
+    if checkpoint.result:  # all was done
+        return cli.print_result(**checkpoint.result)
 
     # 2. Train and track. Leaving the `with` block ends the run: FINISHED, FAILED or KILLED.
-    # [MLflow 2] start_run: one run is one execution of this script. It gets a page with this name;
-    # the experiment is named again because two processes may be creating it at the same moment.
+    # [MLflow 2] start_run: one run is one training, however many jobs it takes. It gets a page with
+    # this name; with run_id, MLflow goes on with a run that is there.
     owner = args.owner or runs.user()
     with (
         mlflow.start_run(
+            run_id=earlier.info.run_id if earlier else None,
             experiment_id=experiment.experiment_id,
-            run_name=f"MNIST_{args.phase}_{owner}",
+            run_name=None if earlier else f"MNIST_{args.phase}_{owner}",
             description=args.note or None,
+            tags={"launch": checkpoint.launch},
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        runs.always_ended(training.another_ended),
+        runs.always_ended(),
+        checkpoint,
     ):
-        run_id = run.info.run_id
+        # If a response is lost, MLflow sends the request again, and the server makes a duplicate.
+        run_id = runs.one_run(*ids, made=run).info.run_id
         where = runs.run_address(run)
         print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
         print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
-
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
         mlflow.set_tags(
             {
@@ -98,40 +112,29 @@ def main(argv=None):
                 "model.type": "Computer Vision",
                 "model.class": type(network).__name__,
                 **runs.git_tags(__file__),
-                **runs.job_tags(),
+                **runs.job_tags(earlier),
             }
         )
         # [MLflow 4] log_params: what was set before training; the columns to compare runs by.
-        mlflow.log_params(
-            {
-                "batch_size": args.batch_size,
-                "epochs": args.epochs,
-                "learning_rate": args.lr,
-                "optimizer": type(optimizer).__name__,
-                "seed": args.seed,
-                "dataset": args.dataset,
-                "device": device.type,
-                "precision": precision,
-                "processes": world.size,
-            }
-        )
+        mlflow.log_params(params)
         # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.
         for split, context in ((train, "training"), (test, "validation")):
             images, labels = split.images.numpy(), split.labels.numpy()
             dataset = mlflow.data.from_numpy(
                 images, split.source, labels, name=args.dataset, digest=split.digest
             )
-            mlflow.log_input(dataset, context=context)
+            runs.patiently(mlflow.log_input, dataset, context=context)
 
         for epoch in epochs:
-            # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
-            results = {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy}
-            mlflow.log_metrics(results, step=epoch.number)
             print(
                 f"epoch {epoch.number}/{args.epochs}  loss {epoch.train_loss:.4f}  "
                 f"val_accuracy {epoch.val_accuracy:.4f}  {epoch.seconds:.1f} s",
                 flush=True,
             )
+            # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
+            # With its own time, so that a point which is sent again stays one point.
+            results = {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy}
+            mlflow.log_metrics(results, step=epoch.number, timestamp=epoch.ended)
         training.leave()
 
         # Score once more from the CPU, where the model is stored from and where anyone can load it.
@@ -147,15 +150,14 @@ def main(argv=None):
         # [MLflow 8] log_dict: what it predicts for each test image, to check a loaded model by.
         record = runs.record_predictions(args.dataset, test, scores.predictions)
         mlflow.log_dict(record, runs.PREDICTIONS)
-        model_uri, file = save_model_once(network, test.images, args.epochs)
+        discard = functools.partial(storage.remove_unfinished, folder)
+        if not runs.ready_model(run, discard):  # else an earlier job has saved it
+            save_model_once(network, test.images, args.epochs)
+        model_uri = runs.ready_model(run, discard)
+        file = storage.of_model(model_uri)
         storage.open_to_group(storage.path_of(run.info.artifact_uri).parent)
-    result = {
-        "run_id": run_id,
-        "model_uri": model_uri,
-        "model_path": str(file.path),
-        "train_loss": epoch.train_loss,
-        "val_accuracy": scores.accuracy,
-    }
+    result = {"run_id": run_id, "model_uri": model_uri, "model_path": str(file.path)}
+    result |= {"train_loss": epoch.train_loss, "val_accuracy": scores.accuracy}
 
     # 3. Check what was stored, register it, promote it.
     if args.register:
@@ -165,21 +167,25 @@ def main(argv=None):
         runs.check_predictions(mlflow.get_run(run_id), test, stored, model_uri)
 
         # [MLflow 10] register_model: a new version under "Models"; it points at the path.
-        version = mlflow.register_model(model_uri, args.model_name, tags=file.tags)
+        version = runs.one_version(args.model_name, checkpoint.launch)  # by an earlier job
+        if not version:
+            tags = {"launch": checkpoint.launch} | file.tags
+            version = mlflow.register_model(model_uri, args.model_name, tags=tags)
+            runs.one_version(args.model_name, checkpoint.launch, made=version)
+        print(f"model    {args.model_name} version {version.version}", flush=True)
+        before = runs.alias_version(args.model_name, ALIAS)
         # [MLflow 11] set_registered_model_alias: @production now means this version, for everyone.
         mlflow.MlflowClient().set_registered_model_alias(args.model_name, ALIAS, version.version)
-        print(f"model    {args.model_name} version {version.version}  alias {ALIAS}", flush=True)
-        result |= {
-            "model_name": args.model_name,
-            "model_version": str(version.version),
-            "model_uri": f"models:/{args.model_name}/{version.version}",
-            "alias": ALIAS,
-        }
+        print(f"alias    {ALIAS}  version {before or 'none'} -> {version.version}", flush=True)
+        result |= {"model_name": args.model_name, "model_version": str(version.version)}
+        result |= {"model_uri": f"models:/{args.model_name}/{version.version}", "alias": ALIAS}
+        result["previous_version"] = before
     cli.print_result(**result)
+    checkpoint.finish(result)
 
 
 def save_model_once(network, images, step):
-    """Write the model straight to its final folder; return (its address, its file)."""
+    """Write the model straight to its final folder."""
     import mlflow
     import torch
 
@@ -191,11 +197,9 @@ def save_model_once(network, images, step):
     # [MLflow 14] initialize_logged_model: its id, and with it the folder, before a byte is written.
     logged = mlflow.initialize_logged_model(name="model")
     path = storage.path_of(logged.artifact_location)
+    ids = {"run_id": logged.source_run_id, "model_id": logged.model_id}
     description = mlflow.models.Model(
-        artifact_path=logged.artifact_location,
-        run_id=logged.source_run_id,
-        model_uuid=logged.model_id,
-        model_id=logged.model_id,
+        artifact_path=logged.artifact_location, model_uuid=logged.model_id, **ids
     )
 
     def save(network):
@@ -210,18 +214,15 @@ def save_model_once(network, images, step):
             pip_requirements=training.pip_requirements(),
         )
 
-    # What is not written whole is removed; and as the run then fails, the model is marked FAILED.
-    with storage.measured() as written, storage.staged(path) as folder:
-        sha256 = storage.write_model(folder, network, save)  # the weights at the disk's speed
+    with storage.staged(path) as folder:  # whole, or not at all
+        sha256, seconds = storage.write_model(folder, network, save)  # at the disk's speed
     file = storage.recorded(path / storage.MODEL_FILE, sha256)
-    # [MLflow 16] finalize_logged_model, log_outputs: READY, and linked from the run's page. The
-    # tags say which file it is, for whoever loads it.
+    # [MLflow 16] finalize_logged_model: READY, and by log_outputs linked from the run's page.
     mlflow.set_logged_model_tags(logged.model_id, file.tags)
-    mlflow.finalize_logged_model(logged.model_id, "READY")
     mlflow.log_outputs([mlflow.entities.LoggedModelOutput(logged.model_id, step=step)])
+    mlflow.finalize_logged_model(logged.model_id, "READY")
     print(f"file     {file.path}", flush=True)
-    mlflow.log_metrics(written.report("write", file.size))
-    return f"models:/{logged.model_id}", file
+    mlflow.log_metrics(storage.throughput("write", file.size, seconds))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    import time
+
     import mlflow
 
     from common import connection, runs, storage, training
@@ -66,9 +68,9 @@ def main(argv=None):
         storage.check_model(file.path.parents[1])
 
     # 2. Map it into memory, and check it on the whole test set, before the registry changes.
-    with storage.measured() as loading:
-        network = storage.map_weights(training.MNISTCNN, file.path)
-    load_metrics = loading.report("load", file.size)
+    start = time.perf_counter()
+    network = storage.map_weights(training.MNISTCNN, file.path)
+    load_metrics = storage.throughput("load", file.size, time.perf_counter() - start)
     scores = training.evaluate(network, test.images, test.labels)
     runs.check_predictions(run, test, scores, model_uri)
 
@@ -77,9 +79,11 @@ def main(argv=None):
     version = mlflow.register_model(
         model_uri, args.model_name, tags={"registered_by": runs.user(), **file.tags}
     )
+    print(f"model    {args.model_name} version {version.version}", flush=True)
+    before = runs.alias_version(args.model_name, args.alias)
     # [MLflow 11] set_registered_model_alias: the alias now means this version, for everyone.
     mlflow.MlflowClient().set_registered_model_alias(args.model_name, args.alias, version.version)
-    print(f"model    {args.model_name} version {version.version}  alias {args.alias}", flush=True)
+    print(f"alias    {args.alias}  version {before or 'none'} -> {version.version}", flush=True)
     # [MLflow 6] log_metrics: what loading took, beside what writing took on the run's page.
     mlflow.log_metrics(load_metrics, run_id=args.run_id)
 
@@ -94,6 +98,7 @@ def main(argv=None):
         model_version=str(version.version),
         model_uri=f"models:/{args.model_name}/{version.version}",
         alias=args.alias,
+        previous_version=before,
         model_path=str(alias_file.path),
         val_accuracy=scores.accuracy,
     )

@@ -60,9 +60,11 @@ def main(argv=None):
     # 3. Register and promote.
     # [MLflow 10] register_model: a new version under "Models", linked to the run.
     version = mlflow.register_model(model_uri, args.model_name, tags={"registered_by": runs.user()})
+    print(f"model    {args.model_name} version {version.version}", flush=True)
+    before = runs.alias_version(args.model_name, args.alias)
     # [MLflow 11] set_registered_model_alias: the alias now means this version, for everyone.
     mlflow.MlflowClient().set_registered_model_alias(args.model_name, args.alias, version.version)
-    print(f"model    {args.model_name} version {version.version}  alias {args.alias}", flush=True)
+    print(f"alias    {args.alias}  version {before or 'none'} -> {version.version}", flush=True)
 
     # 4. Infer through the alias.
     # [MLflow 12] load_model: what a program does that knows no more than the alias.
@@ -77,6 +79,7 @@ def main(argv=None):
         model_version=str(version.version),
         model_uri=f"models:/{args.model_name}/{version.version}",
         alias=args.alias,
+        previous_version=before,
         val_accuracy=scores.accuracy,
     )
 

@@ -57,30 +57,43 @@ def main(argv=None):
     precision = training.best_precision(args.precision, device)
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, fused=True)
-    epochs = training.epochs(
-        network, optimizer, train, test, args.epochs, args.batch_size, args.seed, precision
-    )
+    params = {"batch_size": args.batch_size, "epochs": args.epochs, "learning_rate": args.lr}
+    params |= {"optimizer": type(optimizer).__name__, "seed": args.seed, "dataset": args.dataset}
+    params |= {"device": device.type, "precision": precision, "processes": world.size}
+    # With --checkpoint, the next job goes on from here if its settings are the same.
+    settings = vars(args) | params | {"data": train.digest + test.digest}
+    settings["tracking_uri"] = connection.printable(mlflow.get_tracking_uri()).rstrip("/")
+    checkpoint = training.Checkpoint(args.checkpoint, settings, network, optimizer)
+    how = (args.epochs, args.batch_size, args.seed, precision, checkpoint)
+    epochs = training.epochs(network, optimizer, train, test, *how)
     if world.rank > 0:
         training.follow(epochs)  # trains along, leaves MLflow to process 0, and ends
+    ids = (experiment.experiment_id, checkpoint.launch)
+    earlier = runs.one_run(*ids, needed=checkpoint.result is not None)
+    if checkpoint.result:  # all was done
+        return cli.print_result(**checkpoint.result)
 
     # 2. Train and track. Leaving the `with` block ends the run: FINISHED, FAILED or KILLED.
-    # [MLflow 2] start_run: one run is one execution of this script. It gets a page with this name;
-    # the experiment is named again because two processes may be creating it at the same moment.
+    # [MLflow 2] start_run: one run is one training, however many jobs it takes. It gets a page with
+    # this name; with run_id, MLflow goes on with a run that is there.
     owner = args.owner or runs.user()
     with (
         mlflow.start_run(
+            run_id=earlier.info.run_id if earlier else None,
             experiment_id=experiment.experiment_id,
-            run_name=f"MNIST_{args.phase}_{owner}",
+            run_name=None if earlier else f"MNIST_{args.phase}_{owner}",
             description=args.note or None,
+            tags={"launch": checkpoint.launch},
             log_system_metrics=importlib.util.find_spec("psutil") is not None,
         ) as run,
-        runs.always_ended(training.another_ended),
+        runs.always_ended(),
+        checkpoint,
     ):
-        run_id = run.info.run_id
+        # If a response is lost, MLflow sends the request again, and the server makes a duplicate.
+        run_id = runs.one_run(*ids, made=run).info.run_id
         where = runs.run_address(run)
         print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
         print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
-
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
         mlflow.set_tags(
             {
@@ -89,40 +102,29 @@ def main(argv=None):
                 "model.type": "Computer Vision",
                 "model.class": type(network).__name__,
                 **runs.git_tags(__file__),
-                **runs.job_tags(),
+                **runs.job_tags(earlier),
             }
         )
         # [MLflow 4] log_params: what was set before training; the columns to compare runs by.
-        mlflow.log_params(
-            {
-                "batch_size": args.batch_size,
-                "epochs": args.epochs,
-                "learning_rate": args.lr,
-                "optimizer": type(optimizer).__name__,
-                "seed": args.seed,
-                "dataset": args.dataset,
-                "device": device.type,
-                "precision": precision,
-                "processes": world.size,
-            }
-        )
+        mlflow.log_params(params)
         # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.
         for split, context in ((train, "training"), (test, "validation")):
             images, labels = split.images.numpy(), split.labels.numpy()
             dataset = mlflow.data.from_numpy(
                 images, split.source, labels, name=args.dataset, digest=split.digest
             )
-            mlflow.log_input(dataset, context=context)
+            runs.patiently(mlflow.log_input, dataset, context=context)
 
         for epoch in epochs:
-            # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
-            results = {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy}
-            mlflow.log_metrics(results, step=epoch.number)
             print(
                 f"epoch {epoch.number}/{args.epochs}  loss {epoch.train_loss:.4f}  "
                 f"val_accuracy {epoch.val_accuracy:.4f}  {epoch.seconds:.1f} s",
                 flush=True,
             )
+            # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
+            # With its own time, so that a point which is sent again stays one point.
+            results = {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy}
+            mlflow.log_metrics(results, step=epoch.number, timestamp=epoch.ended)
         training.leave()
 
         # Score once more from the CPU, where the model is stored from and where anyone can load it.
@@ -140,41 +142,43 @@ def main(argv=None):
         mlflow.log_dict(record, runs.PREDICTIONS)
         # [MLflow 9] log_model: weights, signature and requirements, linked from the run's page and
         # loadable without this code.
-        logged = mlflow.pytorch.log_model(
-            network,
-            name="model",
-            input_example=training.input_example(test.images),
-            pip_requirements=training.pip_requirements(),
-            step=args.epochs,
-        )
-    result = {
-        "run_id": run_id,
-        "model_uri": logged.model_uri,
-        "train_loss": epoch.train_loss,
-        "val_accuracy": scores.accuracy,
-    }
+        if not runs.ready_model(run):  # else an earlier job has logged it
+            mlflow.pytorch.log_model(
+                network,
+                name="model",
+                input_example=training.input_example(test.images),
+                pip_requirements=training.pip_requirements(),
+                step=args.epochs,
+            )
+        model_uri = runs.ready_model(run)
+    result = {"run_id": run_id, "model_uri": model_uri}
+    result |= {"train_loss": epoch.train_loss, "val_accuracy": scores.accuracy}
 
     # 3. Check what was stored, register it, promote it.
     if args.register:
         # [MLflow 12] load_model: anywhere, without the code that made it. Programs name the model
         # by its alias, models:/MNIST_CNN@production. Nothing in the checked copy runs.
-        with storage.checked_copy(logged.model_uri) as folder:
+        with storage.checked_copy(model_uri) as folder:
             loaded = mlflow.pytorch.load_model(folder)
         stored = training.evaluate(loaded, test.images, test.labels)
-        runs.check_predictions(mlflow.get_run(run_id), test, stored, logged.model_uri)
+        runs.check_predictions(mlflow.get_run(run_id), test, stored, model_uri)
 
         # [MLflow 10] register_model: a new version under "Models", linked to the run.
-        version = mlflow.register_model(logged.model_uri, args.model_name)
+        version = runs.one_version(args.model_name, checkpoint.launch)  # by an earlier job
+        if not version:
+            tags = {"launch": checkpoint.launch}
+            version = mlflow.register_model(model_uri, args.model_name, tags=tags)
+            runs.one_version(args.model_name, checkpoint.launch, made=version)
+        print(f"model    {args.model_name} version {version.version}", flush=True)
+        before = runs.alias_version(args.model_name, ALIAS)
         # [MLflow 11] set_registered_model_alias: @production now means this version, for everyone.
         mlflow.MlflowClient().set_registered_model_alias(args.model_name, ALIAS, version.version)
-        print(f"model    {args.model_name} version {version.version}  alias {ALIAS}", flush=True)
-        result |= {
-            "model_name": args.model_name,
-            "model_version": str(version.version),
-            "model_uri": f"models:/{args.model_name}/{version.version}",
-            "alias": ALIAS,
-        }
+        print(f"alias    {ALIAS}  version {before or 'none'} -> {version.version}", flush=True)
+        result |= {"model_name": args.model_name, "model_version": str(version.version)}
+        result |= {"model_uri": f"models:/{args.model_name}/{version.version}", "alias": ALIAS}
+        result["previous_version"] = before
     cli.print_result(**result)
+    checkpoint.finish(result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Bring a model that was trained elsewhere to MLflow: check its weights, log it, register it.
 
     python upload_external_model.py --model_path my_local_mnist_model.pth
-    python upload_external_model.py --model_path model.pth --model_name MNIST_CNN --alias candidate
+    python upload_external_model.py --model_path model.pth --model_name MNIST_CNN --alias staging
     python upload_external_model.py --model_path <weights on a shared filesystem> --in_place
 
 The file holds a state dict (`torch.save(model.state_dict(), path)`, or safetensors) of the network
@@ -57,6 +57,7 @@ def main(argv=None):
 
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     import os
+    import time
 
     import mlflow
 
@@ -68,8 +69,9 @@ def main(argv=None):
         path = Path(os.path.abspath(path))
         if path.suffix == ".pt2":  # mapping runs nothing in it, but torch.export.load would
             storage.check_model(path)
-        with storage.measured() as loading:
-            network = storage.map_weights(training.MNISTCNN, path)
+        start = time.perf_counter()
+        network = storage.map_weights(training.MNISTCNN, path)
+        seconds = time.perf_counter() - start
     else:
         network = training.MNISTCNN().eval()
         storage.load_weights(network, path)
@@ -125,7 +127,7 @@ def main(argv=None):
             # listed, compared and registered as any other; the tags say where its file is.
             logged = mlflow.create_external_model(name="model", tags=file.tags)
             mlflow.log_outputs([mlflow.entities.LoggedModelOutput(logged.model_id, step=0)])
-            mlflow.log_metrics(loading.report("load", file.size))
+            mlflow.log_metrics(storage.throughput("load", file.size, seconds))
         else:
             # [MLflow 9] log_model: from here on it is a model like any that was trained here.
             logged = mlflow.pytorch.log_model(
@@ -153,19 +155,23 @@ def main(argv=None):
         version = mlflow.register_model(
             model_uri, args.model_name, tags=file.tags if args.in_place else None
         )
+        print(f"model    {args.model_name} version {version.version}", flush=True)
         result |= {
             "model_name": args.model_name,
             "model_version": str(version.version),
             "model_uri": f"models:/{args.model_name}/{version.version}",
         }
         if args.alias:
+            before = runs.alias_version(args.model_name, args.alias)
             # [MLflow 11] set_registered_model_alias: the alias means this version, for everyone.
             mlflow.MlflowClient().set_registered_model_alias(
                 args.model_name, args.alias, version.version
             )
-            result["alias"] = args.alias
-        alias = args.alias or "-"
-        print(f"model    {args.model_name} version {version.version}  alias {alias}", flush=True)
+            print(
+                f"alias    {args.alias}  version {before or 'none'} -> {version.version}",
+                flush=True,
+            )
+            result |= {"alias": args.alias, "previous_version": before}
     cli.print_result(**result)
 
 

@@ -46,6 +46,8 @@ def add_training_arguments(parser, default_name, alias):
     add("--seed", type=whole_number(0), default=0, help=seed)
     add("--device", choices=devices, default=devices[0], help=where)
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
+    keep = "folder that keeps the training after each epoch; the same command again goes on from it"
+    add("--checkpoint", type=not_empty, metavar="DIR", help=f"{keep} (default: none)")
 
 
 def add_server_arguments(parser, experiment=None):
@@ -151,8 +153,9 @@ def print_and_exit(kind, error, trace):
         from common import connection
 
         failure, text = connection.diagnose(error) or error, connection.without_secrets(text)
+    kept = getattr(error, "kept", "")  # what `training.Checkpoint` says of the finished epochs
     if not isinstance(failure, UserError):
-        print(text, end="", file=sys.stderr, flush=True)
+        print(f"{text}{kept}", file=sys.stderr, flush=True)
         return
-    print(failure, file=sys.stderr, flush=True)
+    print(f"{failure} {kept}".rstrip(), file=sys.stderr, flush=True)
     raise SystemExit(failure.code)  # Python takes the exit code from here, too

@@ -12,7 +12,3 @@ from .credentials import credential, without_secrets
 from .failures import Failure, diagnose
 from .preflight import ask_server, connect, settle
 from .settings import FIRST_REQUESTS, SETTINGS, environment, trust
-
-__all__ = ["AMSC_URI", "FIRST_REQUESTS", "LOCAL_URI", "LOOPBACK", "SETTINGS", "Failure", "address"]
-__all__ += ["ask_server", "connect", "credential", "diagnose", "environment", "printable"]
-__all__ += ["proxy_of", "settle", "trust", "without_secrets"]

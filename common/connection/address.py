@@ -35,7 +35,7 @@ def address(tracking_uri=None):
 def printable(uri):
     """Return the address without its secrets: passwords stand before the @ or in the query."""
     parts = urlsplit(uri)
-    if not parts.netloc:
+    if parts.scheme.startswith("sqlite") or "://" not in uri:
         return uri
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 

@@ -8,6 +8,7 @@ import base64
 import collections
 import contextlib
 import html
+import io
 import json
 import os
 import sys
@@ -91,8 +92,16 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
 
     def _remember(self, response, stream=False, **_):
         if not response.ok and not stream:
+            answer = ""
             with contextlib.suppress(requests.JSONDecodeError):
-                self.refusals[str(response.json())] = response.status_code
+                answer = str(response.json())
+                self.refusals[answer] = response.status_code
+            # The response was lost, and MLflow has sent the request again: the row is there.
+            if response.url.endswith("/runs/outputs") and undocumented.TWICE.search(answer):
+                done = requests.Response()
+                done.status_code, done.raw = 200, io.BytesIO(b"{}")
+                return done
+        return None
 
 
 CREDENTIALS = Credentials()

@@ -22,6 +22,8 @@ SETTINGS = {
     # Files from here on go in parts of this many bytes, past the gateway, where the server offers
     # that. MLflow would begin at 500 MB, and gateways refuse bodies of more than some 16 MB.
     "MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE": str(10 * 1024 * 1024),
+    # A server that hangs: MLflow waits so long for each of 8 answers, 120 s if this is not set.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     # MLflow tries again for some 4 minutes. It would also wait as long as a server says: hours.
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the scripts print the run's address first

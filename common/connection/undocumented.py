@@ -18,6 +18,8 @@ SAID = re.compile(
 )
 PARTS = re.compile(r"Failed to (?:upload at least one part|download \d+ chunk)")
 SWALLOWED = "Failed to download artifacts from path"  # says no reason at all
+# A database's words for a row that is there already: SQLite's, PostgreSQL's, MySQL's.
+TWICE = re.compile(r"(?i)error_code.*(unique constraint|duplicate entry)")
 
 
 def register(provider):

@@ -8,15 +8,17 @@ For your own training loop, copy this folder, common/errors.py and an empty comm
     with mlflow.start_run(), runs.always_ended():  # FINISHED, FAILED or KILLED; never a zombie
         mlflow.set_tags({**runs.git_tags(__file__), **runs.job_tags()})
 
-`ending.py`, `export.py` and `provenance.py` stand alone. `lookup.py` finds a run and its model
-again, `predictions.py` compares a loaded classifier with the trained one, `figures.py` draws a
-confusion matrix. Leave out what you do not need, and its line below.
+`ending.py`, `export.py` and `provenance.py` stand alone. `launches.py` finds what an earlier job of
+the same training has made, `lookup.py` any run and its model; `predictions.py` compares a loaded
+classifier with the trained one, `figures.py` draws a confusion matrix. Leave out what you do not
+need, and its line below.
 """
 
 from .ending import always_ended
 from .export import check_export
 from .figures import confusion_matrix_figure
-from .lookup import existing_run, finished_run, model_uri, run_address
+from .launches import one_run, one_version, patiently, ready_model
+from .lookup import alias_version, existing_run, finished_run, model_uri, run_address
 from .predictions import (
     PREDICTIONS,
     check_predictions,
@@ -25,8 +27,3 @@ from .predictions import (
     recorded_dataset,
 )
 from .provenance import git_tags, job_tags, user
-
-__all__ = ["always_ended", "check_export", "confusion_matrix_figure"]
-__all__ += ["existing_run", "finished_run", "model_uri", "run_address"]
-__all__ += ["PREDICTIONS", "check_predictions", "print_samples", "record_predictions"]
-__all__ += ["recorded_dataset", "git_tags", "job_tags", "user"]

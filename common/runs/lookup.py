@@ -1,4 +1,4 @@
-"""A run looked up: its state, its model, its page."""
+"""A run looked up: its state, its model, its page. And the version that an alias points at."""
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -51,6 +51,16 @@ def model_uri(run, name="model"):
             return f"runs:/{run.info.run_id}/{folder}"
     hint = "give the id of a run of a training script, or of upload_external_model.py."
     raise UserError(f"the run {run.info.run_id} has no model to register.", hint)
+
+
+def alias_version(model_name, alias):
+    """Return the number of the version that the alias points at, as text; None if there is none."""
+    try:
+        return str(mlflow.MlflowClient().get_model_version_by_alias(model_name, alias).version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
 
 
 def run_address(run):

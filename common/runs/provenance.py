@@ -46,12 +46,23 @@ def git_tags(script):
         return {}
 
 
-def job_tags():
-    """Return the tags host and, inside a batch job, job.scheduler, job.id and job.name."""
+def job_tags(earlier=None):
+    """Return the tags host, jobs and, inside a batch job, job.scheduler, job.id and job.name.
+
+    If this job goes on with the run `earlier`, `jobs` names both, and `continuations` counts.
+    """
     tags = {"host": socket.gethostname()}
+    job = tags["host"]
     for scheduler, variables in SCHEDULERS.items():
         job_id, job_name = map(os.environ.get, variables)
-        if job_id:
+        if job_id and "job.id" not in tags:
             tags |= {"job.scheduler": scheduler, "job.id": job_id}
-            return tags | ({"job.name": job_name} if job_name else {})
-    return tags
+            tags |= {"job.name": job_name} if job_name else {}
+            job = f"{scheduler} {job_id}"
+    if earlier:
+        before = earlier.data.tags
+        count, jobs = before.get("continuations", "0"), before.get("jobs", "unknown")
+        tags["continuations"] = str(int(count) + 1) if count.isdecimal() else "1"
+        # A job that starts again keeps its name; a tag has space for 8000 characters.
+        job = jobs if job in jobs.split(", ") else f"{jobs}, {job}"[-5000:]
+    return tags | {"jobs": job}

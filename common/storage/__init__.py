@@ -2,7 +2,7 @@
 
 To use it in a project of your own, copy this folder, common/errors.py and an empty
 common/__init__.py; call it after `from common import storage`. If you want only one of these
-things, leave the other files out, together with their lines below and their names in `__all__`:
+things, leave the other files out, together with their lines below:
 
     load_weights(network, path)                foreign weights, no code run: weights, damage
     network = map_weights(Network, path)       at once, whatever their size: mapping, layout, too
@@ -13,17 +13,21 @@ things, leave the other files out, together with their lines below and their nam
     of_alias("NAME", "production").path        where a model's file is: files, folders, layout
 
 `write_model` (writing, damage, too) saves a model in a `staged` folder as fast as the disk is.
-`measured` (files) says how long a step took. All raise `UserError`s.
+`throughput` (files) prints how fast a step was. All raise `UserError`s.
 """
 
-from .files import measured, of_alias, of_model, recorded, sha256, verify
-from .folders import check_experiment, check_space, open_to_group, path_of, prepare, staged
+from .files import of_alias, of_model, recorded, sha256, throughput, verify
+from .folders import (
+    check_experiment,
+    check_space,
+    open_to_group,
+    path_of,
+    prepare,
+    remove_unfinished,
+    staged,
+)
 from .inspection import check_model, checked_copy
 from .layout import MODEL_FILE
 from .mapping import map_weights
 from .weights import load_weights
 from .writing import write_model
-
-__all__ = ["MODEL_FILE", "of_alias", "of_model", "recorded", "verify", "load_weights", "measured"]
-__all__ += ["check_experiment", "check_space", "open_to_group", "path_of", "prepare", "staged"]
-__all__ += ["check_model", "checked_copy", "map_weights", "sha256", "write_model"]

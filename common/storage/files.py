@@ -3,10 +3,8 @@
 Path, size, SHA-256 and host are tags of the model and of its versions, for whoever loads it.
 """
 
-import contextlib
 import hashlib
 import platform
-import time
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -100,18 +98,9 @@ def sha256(path):
     return digest.hexdigest()
 
 
-class Measured:  # its `seconds` are set when the block of `measured` ends
-    def report(self, what, size):
-        """Print a line about `size` bytes, and return it as metrics {"write.seconds": ...}."""
-        speed = size / 1e9 / self.seconds
-        print(f"{what:<8} {size / 1e9:.4g} GB  {self.seconds:.3f} s  {speed:.3g} GB/s", flush=True)
-        values = {"seconds": self.seconds, "size_bytes": size, "gigabytes_per_second": speed}
-        return {f"{what}.{name}": value for name, value in values.items()}
-
-
-@contextlib.contextmanager
-def measured():
-    """Measure the block inside: yields a `Measured`."""
-    result, start = Measured(), time.perf_counter()
-    yield result
-    result.seconds = time.perf_counter() - start
+def throughput(what, size, seconds):
+    """Print how long it took to write or load `size` bytes, and return that as metrics."""
+    print(f"{what:<8} {size / 1e6:.1f} MB in {seconds:.3f} s", flush=True)
+    speed = size / 1e9 / seconds
+    values = {"seconds": seconds, "size_bytes": size, "gigabytes_per_second": speed}
+    return {f"{what}.{name}": value for name, value in values.items()}

@@ -18,6 +18,8 @@ import mlflow
 
 from common.errors import UserError
 
+UNFINISHED = ".unfinished"  # after the name of a folder that is being written
+
 
 def prepare(target_path):
     """Create the folder if need be, check that it can be written, and return it as a `Path`."""
@@ -76,7 +78,7 @@ def staged(path):
                 undo.callback(_remove_if_empty, part)
             if path.exists():
                 raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-            staging = path.with_name(path.name + ".unfinished")
+            staging = path.with_name(path.name + UNFINISHED)
             staging.mkdir()
             undo.callback(shutil.rmtree, staging, ignore_errors=True)
             yield staging
@@ -90,6 +92,13 @@ def staged(path):
     except OSError as error:
         what = f"the model could not be written to {path}: {error.strerror or error}."
         raise UserError(what, "nothing of it is left. Is the disk full, or your quota?") from error
+
+
+def remove_unfinished(folder, location):
+    """Remove what is left of a model that was to be at `location`, if that is below `folder`."""
+    for path in (path_of(location), path_of(f"{location}{UNFINISHED}")):
+        if folder in path.parents:  # the location comes from the server
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def open_to_group(folder):

@@ -14,6 +14,7 @@ import mmap
 import os
 import shutil
 import struct
+import time
 import zipfile
 
 import torch
@@ -27,16 +28,19 @@ DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 
 
 def write_model(folder, network, save):
-    """Have `save(network)` write the model into the empty `folder`; return its file's SHA-256.
+    """Have `save(network)` write the model into the empty `folder`.
 
+    Returns (the SHA-256 of its file, the seconds that it took).
     `save` gets a copy of `network` that has no weights, and they are written after it. If that does
     not make the archive that is known here, `save` gets `network` itself, and one line says so.
     """
+    start = time.perf_counter()
     folder.rmdir()  # which fails unless it is empty: what is in it may be removed below
     folder.mkdir()
     try:
         save(without_weights(network))
-        return add_weights(folder / layout.MODEL_FILE, network.state_dict())
+        digest = add_weights(folder / layout.MODEL_FILE, network.state_dict())
+        return digest, time.perf_counter() - start
     except (ImportError, OSError, *DAMAGED) as error:  # `save` says again what `network` lacks
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no direct writing here
             raise
@@ -44,7 +48,7 @@ def write_model(folder, network, save):
     shutil.rmtree(folder)
     folder.mkdir()
     save(network)
-    return sha256(folder / layout.MODEL_FILE)
+    return sha256(folder / layout.MODEL_FILE), time.perf_counter() - start
 
 
 def without_weights(network):

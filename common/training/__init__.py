@@ -12,19 +12,16 @@ common/__init__.py. A network and tensors of your own then take these calls:
     training.train_epoch(network, optimizer, x, y, 64, torch.Generator())
     print(training.evaluate(network.eval(), x, y).accuracy)
 
-`epochs` does both for a number of epochs; for several processes, call `join` first.
-data.py, networks.py (both for MNIST) and device.py may be left out, each with its two lines below.
+`epochs` does both for a number of epochs; with a `Checkpoint`, it goes on in the next job. For
+several processes, call `join` first.
+data.py, networks.py (both for MNIST), device.py and checkpoints.py may be left out, each with its
+line below.
 """
 
+from .checkpoints import Checkpoint
 from .data import Split, load_data
 from .device import best_device, best_precision
 from .launchers import World
 from .loop import Epoch, Evaluation, epochs, evaluate, train_epoch
 from .networks import MNISTCNN, PIXEL_MEAN, PIXEL_STD, input_example, pip_requirements
-from .processes import another_ended, follow, in_turn, join, leave
-
-__all__ = ["World", "another_ended", "follow", "in_turn", "join", "leave"]
-__all__ += ["Epoch", "Evaluation", "epochs", "evaluate", "train_epoch"]
-__all__ += ["best_device", "best_precision"]
-__all__ += ["Split", "load_data"]
-__all__ += ["MNISTCNN", "PIXEL_MEAN", "PIXEL_STD", "input_example", "pip_requirements"]
+from .processes import follow, in_turn, join, leave

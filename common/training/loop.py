@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 import time
 from typing import NamedTuple
 
@@ -33,26 +34,47 @@ class Epoch(NamedTuple):
     val_loss: float  # after the epoch
     val_accuracy: float
     seconds: float  # of training
+    ended: int  # when, in milliseconds since 1970, as MLflow writes it
 
 
-def epochs(model, optimizer, train, validation, count, batch_size, seed, precision="fp32"):
+def epochs(
+    model, optimizer, train, validation, count, batch_size, seed, precision="fp32", checkpoint=None
+):
     """Train for `count` epochs, and yield an `Epoch` after each, the model then in eval mode.
 
     `train` and `validation` have `images` and `labels` as below, on any device (`Split`). Several
-    processes (`join`) each call this, with the same arguments, and get the same scores.
+    processes (`join`) each call this, with the same arguments, and get the same scores. The epochs
+    that a `Checkpoint` holds are yielded first, as they were; each further one is kept there.
     """
     # The images stay on the device as uint8: a `DataLoader` takes longer than this network.
     device = next(model.parameters()).device
     parts = [part.to(device) for part in (train.images, train.labels)]
     validation_parts = [part.to(device) for part in (validation.images, validation.labels)]
-    order, learner = torch.Generator().manual_seed(seed), model
+    learner, finished = model, list(checkpoint.epochs) if checkpoint else []
     with loss_explained():
-        if dist.is_initialized():
+        if dist.is_initialized() and len(finished) < count:
             learner = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        for number in range(1, count + 1):
+    yield from (Epoch(*epoch) for epoch in finished)
+    with loss_explained():
+        for number in range(len(finished) + 1, count + 1):
+            torch.manual_seed(epoch_seed(seed, number))  # dropout
+            order = torch.Generator().manual_seed(epoch_seed(seed, number))
+            if checkpoint:
+                checkpoint.between_epochs = False
             *scores, seconds = train_epoch(learner, optimizer, *parts, batch_size, order, precision)
             loss, accuracy, _ = evaluate(model.eval(), *validation_parts)
-            yield Epoch(number, *scores, loss, accuracy, seconds)
+            epoch = Epoch(number, *scores, loss, accuracy, seconds, time.time_ns() // 10**6)
+            if checkpoint:
+                checkpoint.add(epoch)
+            yield epoch
+
+
+def epoch_seed(seed, number):
+    """Return the seed of an epoch's order and dropout, whether the training was interrupted or not.
+
+    Hashed, because PyTorch's generator on the CPU takes the lowest 32 bits only.
+    """
+    return random.Random(f"{seed} {number}").getrandbits(32)
 
 
 def train_epoch(model, optimizer, images, labels, batch_size, generator, precision="fp32"):

@@ -4,13 +4,12 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from common.errors import TRY_AGAIN, UserError
+from common.errors import UserError
 
 from .launchers import find, meeting_point
 
@@ -46,20 +45,6 @@ def join():
     signal.signal(signal.SIGTERM, _end_soon)
     signal.signal(signal.SIGINT, _end_soon if world.rank else interrupt)  # process 0 reports it
     return world
-
-
-def another_ended():
-    """Return whether another process has died; the launcher's signal is that of a job's end."""
-    others = range(1, dist.get_world_size() if dist.is_initialized() else 1)
-    messages = [dist.irecv(torch.zeros(1), src=rank, tag=1) for rank in others]  # never sent
-    time.sleep(0.2 if messages else 0)
-    for message in messages:
-        try:
-            message.wait(timedelta(milliseconds=1))
-        except RuntimeError as error:
-            if "by peer" in str(error):  # closed or reset; Gloo tells the reason in words alone
-                return True
-    return False
 
 
 def _end_soon(number, frame):
@@ -98,10 +83,7 @@ def in_turn(world):
 
 @contextlib.contextmanager
 def loss_explained():
-    """Raise UserError if another process is lost: the same command can succeed later.
-
-    Other processes than 0 exit with 1: srun reports the largest code, and 75 would hide that of 0.
-    """
+    """Raise UserError if another process is lost; other processes than 0 end without a word."""
     try:
         yield
     except RuntimeError as error:
@@ -112,8 +94,7 @@ def loss_explained():
             end(1)
         reason = str(error).rpartition("] ")[2].partition(". ")[0]
         what = f"another of the {dist.get_world_size()} processes has ended or hangs: {reason}"
-        hint = "what it printed says why; then start all of them again."
-        raise UserError(what, hint, TRY_AGAIN) from error
+        raise UserError(what, "what it printed says why; then start all of them again.") from error
 
 
 def _wait_for_all(world, times):

@@ -63,39 +63,6 @@ def test_signal_while_python_cleans_up_is_not_lost(tmp_path):
     assert client.get_run(run.info.run_id).info.status == "KILLED"
 
 
-HANGS = """
-import ctypes, mlflow
-from common.runs import always_ended
-mlflow.set_tracking_uri("sqlite:///mlflow.db")
-with mlflow.start_run(), always_ended(), mlflow.start_run(nested=True), always_ended():
-    print("hanging", flush=True)
-    print("and this is in a buffer")
-    mutex = ctypes.create_string_buffer(64)  # as a C program would define it
-    for _ in range(2):  # the second time it waits for itself, whatever signals come
-        ctypes.CDLL(None).pthread_mutex_lock(mutex)
-"""
-
-
-@pytest.mark.slow
-def test_signal_while_the_main_thread_hangs_in_c_code(tmp_path):
-    """For a GPU or a dead filesystem, say: Python's handler does not run then."""
-    command = [sys.executable, "-c", HANGS]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = clean_environment(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="")
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
-        try:
-            wait_for_line(process, "hanging")
-            time.sleep(1)
-            process.terminate()
-            out, err = process.communicate(timeout=30)
-        finally:
-            process.kill()
-    assert process.returncode == 143 and out == "and this is in a buffer\n"
-    assert err.count("stopped by SIGTERM while it hung; the run is marked KILLED.") == 2
-    found = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
-    assert [run.info.status for run in found] == ["KILLED"] * 2
-
-
 def run_text(text, *arguments, cwd):
     """Run lines of Python that import from common/, in a process of their own."""
     return subprocess.run(
@@ -106,67 +73,6 @@ def run_text(text, *arguments, cwd):
         text=True,
         timeout=120,
     )
-
-
-HANDLES = """
-import multiprocessing, os, signal, time, mlflow
-from common import runs
-runs.ending.HANG_TIMEOUT = 2
-mlflow.set_tracking_uri("sqlite:///mlflow.db")
-with mlflow.start_run(), runs.always_ended():
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-    child.start()
-    time.sleep(1)
-    child.terminate()
-    child.join()
-    time.sleep(3)
-    signal.signal(signal.SIGTERM, lambda *_: print("checkpoint", flush=True))
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(3)
-"""
-
-
-@pytest.mark.slow
-def test_signal_for_a_forked_process_or_with_a_handler_of_its_own_ends_no_run(tmp_path):
-    finished = run_text(HANDLES, cwd=tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == "checkpoint\n" and "stopped by" not in finished.stderr
-    (logged,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
-    assert logged.info.status == "FINISHED"
-
-
-FORKED = """
-import ctypes, multiprocessing, os, signal, sys, threading, mlflow
-from common import runs
-runs.ending.HANG_TIMEOUT = 2
-mlflow.set_tracking_uri("sqlite:///mlflow.db")
-
-def hang():
-    with mlflow.start_run(run_id=sys.argv[1]), runs.always_ended():
-        os.kill(os.getppid(), signal.SIGUSR1)
-        mutex = ctypes.create_string_buffer(64)
-        for _ in range(2):
-            ctypes.CDLL(None).pthread_mutex_lock(mutex)
-
-signal.signal(signal.SIGUSR1, lambda *_: threading.Timer(2, child.terminate).start())
-with mlflow.start_run(), runs.always_ended():
-    child = multiprocessing.get_context("fork").Process(target=hang)
-    child.start()
-    child.join(60)
-    print(child.exitcode, flush=True)
-    child.kill()
-"""
-
-
-@pytest.mark.slow
-def test_forked_process_with_a_run_of_its_own_is_watched(tmp_path):
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    own = client.create_run("0").info.run_id
-    finished = run_text(FORKED, own, cwd=tmp_path)
-    assert finished.returncode == 0 and finished.stdout == "143\n", finished.stderr
-    assert finished.stderr.count("stopped by SIGTERM while it hung") == 1
-    statuses = {run.info.run_id: run.info.status for run in client.search_runs(["0"])}
-    assert statuses.pop(own) == "KILLED" and list(statuses.values()) == ["FINISHED"]
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ def test_first_line_says_where_and_last_line_is_json(local):
     assert result["model_name"] == "MNIST_CNN"
     assert result["model_version"] == "1"
     assert result["model_uri"] == "models:/MNIST_CNN/1"
-    assert result["alias"] == "production"
+    assert result["alias"] == "production" and result["previous_version"] is None
+    assert "alias    production  version none -> 1" in lines
     assert result["val_accuracy"] > 0.9
     (check,) = (line for line in lines if line.startswith("check "))
     assert "360 of 360 predictions as recorded" in check
@@ -167,8 +168,12 @@ def test_recorded_environment_is_the_one_at_hand(local, client):
 
 def test_register_and_inference(local, client):
     """The guide's next command; --dataset is known from the run."""
+    before = client.get_model_version_by_alias("MNIST_CNN", "production").version
     finished = run("register_and_inference.py", "--run_id", local.run_id, cwd=local.folder)
     result = finished.result
+    assert result["previous_version"] == str(before)
+    moved = f"\nalias    production  version {before} -> {result['model_version']}\n"
+    assert moved in finished.out
     assert result["model_name"] == "MNIST_CNN"
     assert result["alias"] == "production"
     assert result["val_accuracy"] == local.trained.result["val_accuracy"]

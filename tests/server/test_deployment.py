@@ -311,6 +311,50 @@ def test_bodies_end_at_16_mb(deployment):
     assert deployment.status("PUT", path, key=deployment.key(), data=bytes(limit + 1)) == 413
 
 
+# Twelve jobs that start at the same moment, as an array does, and log the same data.
+ARRAY = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+import mlflow, numpy
+from common import connection, runs
+connection.connect()
+experiment = mlflow.set_experiment("array")
+array = numpy.arange(12.0)
+
+def job(together):
+    with mlflow.start_run(experiment_id=experiment.experiment_id):
+        for number in range(5):
+            dataset = mlflow.data.from_numpy(array, name=f"data {number}", digest="0" * 32)
+            together.wait()
+            if sys.argv[2] == "patiently":
+                runs.patiently(mlflow.log_input, dataset, context="training")
+            else:
+                mlflow.log_input(dataset, context="training")
+
+fork = multiprocessing.get_context("fork")
+together = fork.Barrier(12, timeout=60)
+jobs = [fork.Process(target=job, args=[together]) for _ in range(12)]
+for process in jobs:
+    process.start()
+for process in jobs:
+    process.join()
+print(sum(process.exitcode == 0 for process in jobs))
+"""
+
+
+@pytest.mark.slow
+@needs_servers
+def test_twelve_jobs_log_the_same_data_at_once(deployment, tmp_path):
+    """On PostgreSQL; without patience some of them are refused: the same row twice."""
+    script = tmp_path / "jobs_at_once.py"
+    script.write_text(ARRAY)
+    finished = run(script, ROOT, "patiently", cwd=tmp_path, **deployment.variables)
+    assert finished.out.splitlines()[-1] == "12", finished.err
+    query = "SELECT count(*) FROM inputs i JOIN datasets d ON i.source_id = d.dataset_uuid JOIN "
+    query += "experiments e ON d.experiment_id = e.experiment_id WHERE e.name = 'array'"
+    assert deployment.sql(query) == "60"
+
+
 LARGE = """
 import sys
 sys.path.insert(0, sys.argv[1])

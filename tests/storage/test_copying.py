@@ -90,7 +90,7 @@ with storage.measured() as writing, storage.staged("models/mine") as folder:
     def save(traced):
         (folder / "data").mkdir()
         torch.export.save(torch.export.export(traced, (x,)), folder / storage.MODEL_FILE)
-    sha256 = storage.write_model(folder, network, save)
+    sha256, _ = storage.write_model(folder, network, save)
 path = Path("models/mine") / storage.MODEL_FILE
 assert storage.sha256(path) == sha256
 assert torch.equal(torch.export.load(path).module()(x), network(x))

@@ -48,7 +48,7 @@ def written(network, path):
                 pip_requirements=["torch"],
             )
 
-        sha256 = write_model(folder, network, save)
+        sha256, _ = write_model(folder, network, save)
     return sha256, calls
 
 
@@ -205,7 +205,7 @@ def test_filesystem_that_refuses_direct_writing_late(tmp_path, monkeypatch, caps
     def save_at_last(traced):
         save(traced, torch.zeros(2, 3000), tmp_path / "folder")
 
-    sha256 = write_model(tmp_path / "folder", network, save_at_last)
+    sha256, _ = write_model(tmp_path / "folder", network, save_at_last)
     path = tmp_path / "folder" / MODEL_FILE
     assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
     assert torch.equal(map_weights(lambda: torch.nn.Linear(3000, 3000), path).bias, network.bias)

@@ -48,6 +48,16 @@ def test_benchmark_of_scaling_trains_the_same_on_two_processes(local, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_benchmark_of_checkpoints_writes_them_and_goes_on(tmp_path):
+    flags = ("--sizes", 0.001, 0.002, "--repeats", 2, "--folder", tmp_path)
+    rows = table(run("benchmarks/checkpoint.py", *flags, cwd=tmp_path))
+    assert [row["weights"] for row in rows] == ["0.001 GB", "0.002 GB"]
+    assert rows[1]["file"] == "0.006 GB"  # three numbers for each weight
+    assert all(float(row["s to resume"]) > 0 for row in rows)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_job_files_keep_memory_as_the_benchmarks_do():
     expected = " ".join(f"{name}={value}" for name, value in KEEP_MEMORY.items())
     jobs = list((ROOT / "jobs").glob("*.sh"))
