@@ -22,6 +22,7 @@
 #PBS -l filesystems=home:flare
 #PBS -l walltime=00:30:00
 #PBS -j oe
+#PBS -r y
 
 # Before `set -u`, which the site's own functions are not written for.
 module load frameworks
@@ -30,6 +31,9 @@ set -euo pipefail
 SCRIPT=train_mnist_mlflow.py # or Modify_artifact_location.py, which wants --target_path
 DATA="<scratch>"
 VENV="$HOME/mlflow-venv"
+# The training is kept here: another training needs another folder. PBS starts the job again when a
+# node fails. When its time was up (exit code 143), or the server is away (75), submit it once more.
+CHECKPOINT="<scratch>/checkpoints/mnist"
 
 # Compute nodes reach the tracking server through this proxy only.
 export https_proxy=http://proxy.alcf.anl.gov:3128 http_proxy=http://proxy.alcf.anl.gov:3128
@@ -50,4 +54,4 @@ export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824
 NODES=$(sort -u "$PBS_NODEFILE" | wc -l)
 # mpiexec ends all processes when one fails.
 mpiexec -n $((NODES * PER_NODE)) --ppn "$PER_NODE" --depth "$OMP_NUM_THREADS" --cpu-bind depth \
-    "$VENV/bin/python" -u "$SCRIPT" --data_dir "$DATA" "$@"
+    "$VENV/bin/python" -u "$SCRIPT" --data_dir "$DATA" --checkpoint "$CHECKPOINT" "$@"

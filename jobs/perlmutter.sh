@@ -23,7 +23,10 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=00:30:00
 #SBATCH --output=%x-%j.log
-# A minute before the time is up the training is told: its run ends as KILLED, not as RUNNING.
+# Preempted, or on a node that fails, the job starts again, and writes on in the same log. A minute
+# before its time is up the training is told, and ends; then the last lines below start it again.
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --signal=TERM@60
 
 # Before `set -u`, which the site's own functions are not written for.
@@ -33,6 +36,7 @@ set -euo pipefail
 SCRIPT=train_mnist_mlflow.py # or Modify_artifact_location.py, which wants --target_path
 DATA="$SCRATCH"
 VENV="$HOME/mlflow-venv"
+CHECKPOINT="$SCRATCH/checkpoints/$SLURM_JOB_ID" # where the job goes on when it starts again
 
 # The key, in a file that only you may read. Without it the job ends at once: delete this line if you
 # want none, for a local store or a server that asks for none.
@@ -44,6 +48,15 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}" NCCL_SOCKET_IFNAME="${NC
 export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
 # Keep freed memory for the next step: a fifth faster on a CPU. With glibc, set both or neither.
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824
+code=0
 # One process that dies ends the others: nobody waits for it until the time is up.
 srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" \
-    "$VENV/bin/python" -u "$SCRIPT" --data_dir "$DATA" "$@"
+    "$VENV/bin/python" -u "$SCRIPT" --data_dir "$DATA" --checkpoint "$CHECKPOINT" "$@" || code=$?
+
+# 75: the server is away. 143: the time was up, and at least one epoch was trained in it. Then the
+# job starts again, and goes on after its last full epoch.
+trained=$(find "$CHECKPOINT" -name training.pt -newermt "-$SECONDS seconds" || true)
+if [[ $code == 75 || ($code == 143 && -n $trained) ]] && ((${SLURM_RESTART_COUNT:-0} < 20)); then
+    scontrol requeue "$SLURM_JOB_ID" || true
+fi
+exit "$code"

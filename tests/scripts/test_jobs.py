@@ -20,14 +20,16 @@ PLACEHOLDERS = {
 # Further ones stand in comments, for whoever needs them.
 IN_COMMENTS = {"<...>", "<proxy>", "<port>", "<the ROCm wheels of pytorch.org>"}
 
-# `sbatch [options] FILE arguments`: the options in the file, then those of the command line.
+# `sbatch [options] FILE arguments`: the options in the file, then those of the command line. EVENTS
+# says when the time is up (SIGTERM for the ranks), and when the job is preempted (SIGKILL for all).
 SBATCH = """
-import os, re, subprocess, sys
+import os, pathlib, re, signal, subprocess, sys
 typed = []
 while sys.argv[1].startswith("--"):
     typed.append(sys.argv.pop(1))
 lines = re.findall(r"^#SBATCH (--.*)", open(sys.argv[1]).read(), re.M)
-options = dict(line.removeprefix("--").split("=", 1) for line in [*lines, *typed])
+options = dict(line.removeprefix("--").partition("=")[::2] for line in [*lines, *typed])
+assert "requeue" in options and options["open-mode"] == "append" and "TERM" in options["signal"]
 nodes, tasks = int(options["nodes"]), int(options["ntasks-per-node"])
 os.environ |= {
     "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": options["job-name"],
@@ -35,7 +37,32 @@ os.environ |= {
     "SLURM_CPUS_PER_TASK": options["cpus-per-task"], "SLURM_JOB_NODELIST": "localhost",
     "SLURM_SUBMIT_DIR": os.getcwd(),
 }
-sys.exit(subprocess.run(["bash", *sys.argv[1:]]).returncode)
+events, home = os.environ.pop("EVENTS", "").split(), pathlib.Path(os.environ["HOME"])
+for restarts in range(1, 10):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    job = subprocess.Popen(["bash", *sys.argv[1:]], start_new_session=True, **pipes)
+    preempted = False
+    for line in job.stdout:
+        print(line, end="", flush=True)
+        if events and line.startswith(f"epoch {events[0].split('@')[1]}/"):
+            preempted = events.pop(0).startswith("preempted")
+            if preempted:
+                os.killpg(job.pid, signal.SIGKILL)
+            else:
+                for rank in (home / "ranks").read_text().split():
+                    os.kill(int(rank), signal.SIGTERM)
+    code = job.wait()
+    if not preempted and not (home / "requeue").exists():
+        sys.exit(code)
+    (home / "requeue").unlink(missing_ok=True)
+    os.environ["SLURM_RESTART_COUNT"] = str(restarts)
+"""
+
+# `scontrol requeue JOB`: the stand-in for sbatch starts it again.
+SCONTROL = """
+import os, pathlib, sys
+assert sys.argv[1:] == ["requeue", os.environ["SLURM_JOB_ID"]]
+pathlib.Path(os.environ["HOME"], "requeue").touch()
 """
 
 # `qsub [options] -- FILE arguments`: runs it in the home directory, without reading it.
@@ -55,7 +82,7 @@ sys.exit(subprocess.run(sys.argv[at + 1:], cwd=os.environ["HOME"]).returncode)
 
 # `srun [options] command` and `mpiexec [options] command`: the command as often as it is to run.
 LAUNCHER = """
-import os, subprocess, sys, time
+import os, pathlib, subprocess, sys, time
 options = sys.argv[1:sys.argv.index(next(a for a in sys.argv if a.endswith("/python")))]
 command = sys.argv[len(options) + 1:]
 if os.path.basename(sys.argv[0]) == "srun":
@@ -68,6 +95,8 @@ else:
     os.environ |= {"PMI_SIZE": str(count), "PALS_LOCAL_SIZE": options[options.index("--ppn") + 1]}
 ranks = [subprocess.Popen(command, env=os.environ | dict.fromkeys(names, str(rank)))
     for rank in range(count)]
+ids = " ".join(str(rank.pid) for rank in ranks)
+pathlib.Path(os.environ["HOME"], "ranks").write_text(ids)
 while None in (codes := [rank.poll() for rank in ranks]):
     if any(codes):
         for rank in ranks:
@@ -80,31 +109,41 @@ sys.exit(max(map(abs, codes)))
 @pytest.fixture
 def submit(tmp_path, mnist_dir):
     """A function that fills in a job file, submits it, and returns (exit code, job log, folder)."""
-    home, project, commands = (tmp_path / name for name in ("home", "project", "commands"))
-    for folder in (home, project, commands):
+    names = ("home", "project", "commands", "scratch")
+    home, project, commands, scratch = (tmp_path / name for name in names)
+    for folder in (home, project, commands, scratch):
         folder.mkdir()
+    for path in mnist_dir.iterdir():
+        (scratch / path.name).symlink_to(path)
     (home / "mlflow-venv").symlink_to(sys.prefix)
     # Job files with `bash -l` read the machine's profile, which sets PATH, and then this one.
     (home / ".bash_profile").write_text(f'PATH="{commands}:$PATH"\n')
     for name in ("train_mnist_mlflow.py", "Modify_artifact_location.py", "common"):
         (project / name).symlink_to(ROOT / name)
-    programs = {"sbatch": SBATCH, "qsub": QSUB, "srun": LAUNCHER, "mpiexec": LAUNCHER}
+    programs = {
+        "sbatch": SBATCH,
+        "scontrol": SCONTROL,
+        "qsub": QSUB,
+        "srun": LAUNCHER,
+        "mpiexec": LAUNCHER,
+    }
     for name, text in programs.items():
         (commands / name).write_text(f"#!{sys.executable}{text}")
     (commands / "module").write_text('#!/bin/bash\necho "module $*"\n')
     for command in commands.iterdir():
         command.chmod(0o755)
 
-    def submit(name, *arguments, mode=0o600):
-        shutil.copytree(ROOT / "jobs", project / "jobs")
+    def submit(name, *arguments, mode=0o600, events=""):
+        shutil.copytree(ROOT / "jobs", project / "jobs", dirs_exist_ok=True)
         job = project / "jobs" / name
-        text = re.sub("PER_NODE=(4|12) ", "PER_NODE=2 ", job.read_text())
-        for placeholder, value in {**PLACEHOLDERS, "<scratch>": str(mnist_dir)}.items():
+        text = re.sub("PER_NODE=(4|12) ", "PER_NODE=2 ", job.read_text()).replace("< 20", "< 2")
+        for placeholder, value in {**PLACEHOLDERS, "<scratch>": str(scratch)}.items():
             text = text.replace(placeholder, value)
         job.write_text(text)
         environment = clean_environment(
             HOME=str(home),
-            SCRATCH=str(mnist_dir),
+            SCRATCH=str(scratch),
+            EVENTS=events,
             USER="8cf",
             GLOO_SOCKET_IFNAME="lo",
         )
@@ -184,3 +223,44 @@ def test_a_failure_fails_the_job(submit):
     assert code
     assert log.count("error: ") == 1 and "is open to others than its owner" in log, log
     assert KEY not in log
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_three_times_is_one_run(submit):
+    """Twice it is killed outright, once its time is up; it goes on as if nothing had happened."""
+    arguments = ("--dataset", "digits", "--epochs", "10", "--batch_size", "256", "--register")
+    arguments += ("--tracking_uri", "sqlite:///mlflow.db", "--precision", "fp32", "--experiment")
+    code, log, folder = submit("slurm.sh", *arguments, "undisturbed")
+    assert code == 0, log
+    events = "preempted@2 time@5"
+    code, log, folder = submit("slurm.sh", *arguments, "disturbed", events=events)
+    assert code == 0, log
+    assert log.count("stopped by SIGTERM; the run is marked KILLED.") == 1
+    assert re.findall(r"^resume .* after epoch (\d+)$", log, re.M) == ["2", "5"]
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    histories = []
+    for name in ("undisturbed", "disturbed"):
+        experiment = client.get_experiment_by_name(name)
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FINISHED"
+        (model,) = client.search_logged_models([experiment.experiment_id])
+        assert model.status == "READY"
+        histories.append(
+            [
+                [(point.step, point.value) for point in client.get_metric_history(run_id, metric)]
+                for run_id in [run.info.run_id]
+                for metric in ("train_loss", "val_accuracy")
+            ]
+        )
+    assert histories[0] == histories[1] and len(histories[0][0]) == 10
+    assert run.data.tags["continuations"] == "3"
+    assert len(set(run.data.tags["jobs"].split(", "))) == 1  # a job keeps its number
+    assert len(client.search_model_versions("name = 'MNIST_CNN'")) == 2
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_has_the_job_start_again_and_not_for_ever(submit):
+    code, log, _ = submit("slurm.sh", "--tracking_uri", "http://127.0.0.1:9", "--dataset", "digits")
+    assert code == 75 and log.count("error: no server answers") == 3, (
+        log
+    )  # at first, and twice more
