@@ -3,6 +3,7 @@
 They are built without pyplot, so no screen is needed, no window opens, and nothing stays in memory.
 """
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -56,4 +57,28 @@ def search_figure(trials, scores, parameters, title, ylabel):
             axes.xaxis.set_major_locator(MaxNLocator(5))
     panels[0].set_ylabel(ylabel)
     figure.suptitle(title)
+    return figure
+
+
+def difference_figure(labels, current, candidate, class_names, title):
+    """Return the confusion matrix of one `Evaluation` minus that of another, of the same images."""
+    size = len(class_names)
+    counts = torch.zeros(size, size, dtype=torch.int64)
+    for scores, sign in ((candidate, 1), (current, -1)):
+        places, signs = (labels, scores.predictions), torch.full_like(labels, sign)
+        counts.index_put_(places, signs, accumulate=True)
+    better = torch.where(torch.eye(size, dtype=torch.bool), counts, -counts)
+    limit = better.abs().max().clamp(min=1).item()
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(better, cmap="RdBu", vmin=-limit, vmax=limit)
+    for row in range(size):
+        for column, count in enumerate(counts[row].tolist()):
+            text = f"{count:+d}".replace("-", "\N{MINUS SIGN}") if count else "0"
+            colour = "white" if abs(count) > 0.6 * limit else "black"
+            axes.text(column, row, text, ha="center", va="center", color=colour)
+    rotation = 45 if max(map(len, class_names)) > 2 else 0
+    axes.set_xticks(range(size), class_names, rotation=rotation)
+    axes.set_yticks(range(size), class_names)
+    axes.set(title=title, xlabel="Predicted label", ylabel="True label")
     return figure

@@ -180,19 +180,17 @@ def transition(args):
         if str(aliases.get(other)) == number:
             # delete_registered_model_alias: the version has left that stage.
             client.delete_registered_model_alias(name, other)
-            print(f"alias    models:/{name}@{other} is removed from version {number}", flush=True)
+            print(f"alias    {other}  version {number} -> none", flush=True)
+    result = {"model_name": name, "model_version": number, "stage": args.stage}
     if alias in ("staging", "production"):
         # set_registered_model_alias: models:/NAME@production now means this version, for everyone.
         client.set_registered_model_alias(name, alias, number)
-        print(f"alias    models:/{name}@{alias} is version {number}", flush=True)
+        before = str(aliases[alias]) if alias in aliases else None
+        print(f"alias    {alias}  version {before or 'none'} -> {number}", flush=True)
+        result |= {"alias": alias, "previous_version": before}
     print("note     stages are deprecated in MLflow; aliases replace them", flush=True)
     aliases = client.get_registered_model(name).aliases
-    return {
-        "model_name": name,
-        "model_version": number,
-        "stage": args.stage,
-        "aliases": {alias: str(target) for alias, target in aliases.items()},
-    }
+    return result | {"aliases": {alias: str(target) for alias, target in aliases.items()}}
 
 
 def load(args, uri, run):

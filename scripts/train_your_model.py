@@ -166,12 +166,13 @@ def main(argv=None):
         # register_model: a new version under "Models", linked to the run.
         version = mlflow.register_model(logged.model_uri, MODEL_NAME).version
         result |= {"model_name": MODEL_NAME, "model_version": str(version)}
-        words = f"model    {MODEL_NAME} version {version}"
+        print(f"model    {MODEL_NAME} version {version}", flush=True)
         if args.alias:
+            before = runs.alias_version(MODEL_NAME, args.alias)
             # set_registered_model_alias: programs load the version that it points at.
             mlflow.MlflowClient().set_registered_model_alias(MODEL_NAME, args.alias, version)
-            result["alias"], words = args.alias, f"{words}  alias {args.alias}"
-        print(words, flush=True)
+            print(f"alias    {args.alias}  version {before or 'none'} -> {version}", flush=True)
+            result |= {"alias": args.alias, "previous_version": before}
     cli.print_result(**result)
 
 

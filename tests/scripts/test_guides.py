@@ -323,7 +323,8 @@ def check_what_is_printed(ended):
     ) in ended[f"{USE} versions simple-cnn-classifier"].out
     transition = ended[f"{USE} transition simple-cnn-classifier 1 Production"]
     assert "version 1: Staging -> Production" in transition.out
-    assert "@staging is removed" in transition.out and "@production is version 1" in transition.out
+    assert "\nalias    staging  version 1 -> none\n" in transition.out
+    assert "\nalias    production  version none -> 1\n" in transition.out
     assert "aliases replace them" in transition.out and "FutureWarning" not in transition.err
     staged = ended[f"{USE} from-registry simple-cnn-classifier --stage Production"]
     assert "models:/simple-cnn-classifier@production" in staged.out
