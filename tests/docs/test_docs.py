@@ -100,6 +100,7 @@ def shape(output):
             line = word  # addresses and paths follow
         line = re.sub(r"\d(\.\d+)?e-\d+", "N", line)
         line = re.sub(r"[0-9a-f]{32}", "ID", line)
+        line = re.sub(r" by \S+  ID", " by USER  ID", line)
         lines.append(re.sub(r"\d+(\.\d+)?", "N", line))
     return lines
 
@@ -164,9 +165,8 @@ class Reader:
         said = printed[-5000:] + process.stderr[-5000:]  # pip says a lot
         assert process.returncode == 0, f"{block.command}\n{said}"
         last = printed.rstrip().splitlines()[-1:]
-        if last and last[0].startswith("{") and "run_id" in last[0]:
-            kind = "large" if "Modify_" in block.command else "standard"
-            self.run_ids[kind] = json.loads(last[0])["run_id"]
+        if last and last[0].startswith("{") and (run_id := json.loads(last[0]).get("run_id")):
+            self.run_ids["large" if "Modify_" in block.command else "standard"] = run_id
         if block.shown is not None:
             assert_printed(block.shown, printed)
         if "/invocations" in block.command:
