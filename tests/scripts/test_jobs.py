@@ -232,11 +232,11 @@ def test_a_job_that_is_preempted_three_times_is_one_run(submit):
     arguments += ("--tracking_uri", "sqlite:///mlflow.db", "--precision", "fp32", "--experiment")
     code, log, folder = submit("slurm.sh", *arguments, "undisturbed")
     assert code == 0, log
-    events = "preempted@2 time@5"
+    events = "preempted@2 time@5 preempted@8"
     code, log, folder = submit("slurm.sh", *arguments, "disturbed", events=events)
     assert code == 0, log
     assert log.count("stopped by SIGTERM; the run is marked KILLED.") == 1
-    assert re.findall(r"^resume .* after epoch (\d+)$", log, re.M) == ["2", "5"]
+    assert re.findall(r"^resume .* after epoch (\d+)$", log, re.M) == ["2", "5", "8"]
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     histories = []
     for name in ("undisturbed", "disturbed"):

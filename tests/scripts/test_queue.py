@@ -8,11 +8,22 @@ import json
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import mlflow
 import pytest
-from conftest import Session, fails, run, training_process, wait_for_line
+from conftest import (
+    ROOT,
+    Session,
+    clean_environment,
+    fails,
+    free_port,
+    run,
+    training_process,
+    wait_for_line,
+)
 from gateway import Gateway
 
 TRAIN = "train_mnist_mlflow.py"
@@ -136,6 +147,42 @@ def test_server_that_stays_away(fault, kept, gateway, server, prefork, tmp_path)
     whole = ("--experiment", f"{name}-whole", "--model_name", f"{name}-whole")
     session.type(TRAIN, *flags, *whole)
     assert what_is_there(server, f"{name}-whole")[0] == points
+
+
+@pytest.mark.slow
+def test_server_that_hangs_while_two_processes_train(gateway, server, tmp_path):
+    """Process 0 says so, and the other one ends without a word; both go on together."""
+    flags = [*SMALL, "--epochs", "3", "--experiment", "hangs-two", "--model_name", "hangs-two"]
+    command = [sys.executable, str(ROOT / TRAIN), *flags, "--checkpoint", str(tmp_path / "kept")]
+
+    def train(name):
+        common = {"PMI_SIZE": "2", "MASTER_PORT": str(free_port()), **IMPATIENT}
+        processes = []
+        for rank in "01":
+            with (tmp_path / f"{name}.{rank}").open("w") as output:
+                environment = clean_environment(
+                    PMI_RANK=rank, MLFLOW_TRACKING_URI=gateway.uri, PYTHONUNBUFFERED="1", **common
+                )
+                processes.append(
+                    subprocess.Popen(
+                        *(command, -1), cwd=tmp_path, env=environment, stdout=output, stderr=output
+                    )
+                )
+        codes = [process.wait(timeout=300) for process in processes]
+        return codes, [(tmp_path / f"{name}.{rank}").read_text() for rank in "01"]
+
+    gateway.fault, output = "hang", tmp_path / "first.0"
+    gateway.fault_on = lambda method, path: "epoch 2/3" in output.read_text()
+    codes, (first, second) = train("first")
+    assert codes == [75, 1], first + second
+    assert "error: " in first and "did not answer in time" in first
+    assert "Traceback" not in first and "error" not in second and "Traceback" not in second
+    gateway.fault = None
+    codes, (first, second) = train("again")
+    assert codes == [0, 0], first + second
+    points, logged = what_is_there(server, "hangs-two")
+    assert [step for step, _ in points["train_loss"]] == [1, 2, 3]
+    assert logged.data.params["processes"] == "2"
 
 
 @pytest.mark.slow
