@@ -229,7 +229,7 @@ class Watch:
         return result
 
     def watch(self, network, optimizer, train, *arguments):
-        self.images, self.precision = len(train.images), arguments[-1]
+        self.images, self.precision = len(train.images), arguments[4]  # of `training.epochs`
         self.first_step = time.time()
         for epoch in self.epochs(network, optimizer, train, *arguments):
             self.seconds.append(epoch.seconds)

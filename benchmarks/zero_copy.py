@@ -224,12 +224,15 @@ def log_model(experiment, size, name, where):
 def write_once(folder, size, name):
     import mlflow
 
+    from common import runs, storage
     from Modify_artifact_location import save_model_once
 
     mlflow.set_experiment(SHARED_EXPERIMENT)
     network = Layers.filled(size)
-    with mlflow.start_run(), measured() as written:
-        model_uri, file = save_model_once(network, network.question(), step=0)
+    with mlflow.start_run() as run, measured() as written:
+        save_model_once(network, network.question(), step=0)
+    model_uri = runs.ready_model(run)
+    file = storage.of_model(model_uri)
     register(model_uri, name, file.tags)
     return written_result(written, file.path, network)
 

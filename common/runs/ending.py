@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -24,18 +25,20 @@ def always_ended():
     received = []
 
     def stop(number, frame):
-        received.append(signal.Signals(number))
-        for signal_number in previous:  # a second one ends the process at once
-            signal.signal(signal_number, signal.SIG_DFL)
-        raise SystemExit(128 + number)
+        if not received:
+            received.extend([signal.Signals(number), time.monotonic()])
+            raise SystemExit(128 + number)
+        if time.monotonic() > received[1] + 2:  # sooner, it is a launcher that passes it on
+            os._exit(128 + number)  # a second Ctrl-C ends the process at once
 
     def swallowed(unraisable):
         """Python swallows exceptions raised in `__del__`, so send the signal again."""
         if not (received and isinstance(unraisable.exc_value, SystemExit)):
             hook(unraisable)
             return
-        signal.signal(received[0], stop)
-        threading.Timer(0.1, os.kill, (os.getpid(), received[0])).start()
+        number = received[0]
+        received.clear()
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
     previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     hook, sys.unraisablehook = sys.unraisablehook, swallowed

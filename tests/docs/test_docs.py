@@ -98,7 +98,7 @@ def shape(output):
         word = line.split()[0] if line.strip() else ""
         if word in ("tracking", "run", "weights") or line.startswith("file     /"):
             line = word  # addresses and paths follow
-        line = re.sub(r"\d(\.\d+)?e-\d+", "N", line)
+        line = re.sub(r"\d(\.\d+)?e-\d+|(?<=version )none", "N", line)
         line = re.sub(r"[0-9a-f]{32}", "ID", line)
         line = re.sub(r" by \S+  ID", " by USER  ID", line)
         lines.append(re.sub(r"\d+(\.\d+)?", "N", line))

@@ -115,8 +115,9 @@ def points_have_their_own_times(uri, run_id):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["drop", "hang"])
-@pytest.mark.parametrize("kept", [True, False], ids=["checkpoint", "no checkpoint"])
+@pytest.mark.parametrize(
+    ("fault", "kept"), [("hang", True), ("drop", False)], ids=["checkpoint", "no checkpoint"]
+)
 def test_server_that_stays_away(fault, kept, gateway, server, prefork, tmp_path):
     """The epochs so far are kept, with the flag or without, and logged when it is back."""
     name = f"away-{fault}-{kept}"
