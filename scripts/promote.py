@@ -120,7 +120,7 @@ def main(argv=None):
             settings |= {"metric": args.metric, "by": args.by, "at_least": args.at_least}
             mlflow.log_params(settings)
             # log_input: on which data, by name and digest; under "Datasets" on the page.
-            mlflow.log_input(comparison.data(), context="promotion")
+            runs.patiently(mlflow.log_input, comparison.data(), context="promotion")
             # log_metrics: both scores, and on how many images the two differ.
             mlflow.log_metrics(comparison.metrics())
             # log_figure: both confusion matrices and their difference, in the tab "Artifacts".
