@@ -1,11 +1,13 @@
 """The end of a run: FINISHED, FAILED or KILLED, whatever happens to the process."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -51,6 +53,9 @@ def always_ended():
         if not received:  # torchrun may send SIGTERM just now: the run is ended first
             for number in previous:
                 signal.signal(number, lambda number, frame: None)
+        # What was interrupted may hold SQLite's lock; let go of it, or the end waits for itself.
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
         outcome = _end(status, run_id)
         if received:
             print(f"error: stopped by {received[0].name}; {outcome}.", file=sys.stderr, flush=True)

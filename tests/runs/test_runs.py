@@ -63,6 +63,34 @@ def test_signal_while_python_cleans_up_is_not_lost(tmp_path):
     assert client.get_run(run.info.run_id).info.status == "KILLED"
 
 
+AMID_SQL = """
+import os, signal, sys
+import mlflow, sqlalchemy
+from common import runs
+
+def once(connection, cursor, statement, *_):
+    if statement.startswith(sys.argv[1]):
+        sqlalchemy.event.remove(sqlalchemy.Engine, "after_cursor_execute", once)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+with mlflow.start_run(experiment_id="0"), runs.always_ended():
+    mlflow.log_metrics({"a": 1, "b": 1}, step=0)
+    sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", once)
+    mlflow.log_metrics({"a": 1, "b": 1}, step=1)
+    raise AssertionError("the signal is lost")
+"""
+
+
+@pytest.mark.parametrize("statement", ["SELECT", "INSERT", "UPDATE"])
+def test_signal_amid_a_statement_of_sql(statement, tmp_path):
+    """What it interrupts holds SQLite's lock, and the end of the run needs that lock."""
+    done = run_text(AMID_SQL, statement, cwd=tmp_path)
+    assert done.returncode == 143 and "the run is marked KILLED" in done.stderr, done.stderr
+    (logged,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["0"])
+    assert logged.info.status == "KILLED"
+
+
 def run_text(text, *arguments, cwd):
     """Run lines of Python that import from common/, in a process of their own."""
     return subprocess.run(

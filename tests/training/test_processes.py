@@ -172,10 +172,10 @@ def test_death_of_a_process_and_the_end_of_the_time_under_torchrun(end, tmp_path
             process.terminate()
         else:  # Ctrl-C: to all processes of the terminal
             os.killpg(process.pid, end)
-        process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     (status,) = statuses(tmp_path)
-    assert status == "KILLED" or (status == "FAILED" and end == signal.SIGKILL)
+    assert status == "KILLED" or (status == "FAILED" and end == signal.SIGKILL), err
     assert not [pid for pid in workers.values() if os.path.exists(f"/proc/{pid}")]
 
 
