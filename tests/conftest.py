@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
+import modes
 import pytest
 import trustme
 from gateway import Gateway
@@ -179,14 +180,15 @@ def mnist_dir(tmp_path_factory):
 
 # Files whose tests share a scene that takes long to make: each runs in one process.
 TOGETHER = (
-    *("test_guides", "test_deployment", "test_inspection", "test_large_model", "test_promote"),
-    *("test_publish", "test_search", "test_secrets", "test_serving"),
+    *("test_guides", "test_deployment", "test_inspection", "test_large_model", "test_modes"),
+    *("test_promote", "test_publish", "test_search", "test_secrets", "test_serving"),
+    "test_workspaces",
 )
 
 
 def pytest_collection_modifyitems(items):
     """What takes longest first: the rest fits beside it."""
-    longest = "test_five_epochs_at_the_defaults"
+    longest = "test_two_epochs_at_the_defaults"
     items.sort(key=lambda item: (item.name != longest, item.path.stem not in TOGETHER))
 
 
@@ -391,10 +393,23 @@ def certificate(folder):
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def folder_of_server(tmp_path_factory):
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="session")
+def server(folder_of_server):
     """The address of a real `mlflow server` on SQLite, without a key."""
-    with mlflow_server(tmp_path_factory.mktemp("server")) as uri:
+    with mlflow_server(folder_of_server) as uri:
         yield uri
+
+
+@pytest.fixture(scope="session")
+def institute(tmp_path_factory):
+    """A real `mlflow server` with workspaces and users: `modes.Institute`."""
+    folder = tmp_path_factory.mktemp("institute")
+    with mlflow_server(folder, *modes.FLAGS, **modes.variables(folder)) as uri:
+        yield modes.settle(modes.Institute(uri, folder))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
-"""An API-key gateway in front of a tracking server, as the AmSC server has one, with its bad days.
+"""The gateway in front of a tracking server, as the AmSC servers have one, with its bad days.
 
-It forwards a request only if it carries the key, keeps a record of each, refuses bodies that are
-too large, and can be told to fail in the ways that gateways do. Plain http, or https under a
-certificate that the test made.
+It forwards a request only if it carries the key, or a token, keeps a record of each, refuses bodies
+that are too large, and can be told to fail in the ways that gateways do. Plain http, or https under
+a certificate that the test made.
 """
 
+import base64
 import http.client
+import json
+import secrets
 import socket
 import threading
 import time
@@ -33,12 +36,33 @@ class Request(NamedTuple):
     status: int  # what was answered; 0 if nothing
 
 
+def jwt(exp=None, **claims):
+    """A token as the newer servers want it, for an hour if `exp` (Unix time) is not given."""
+    claims = {"exp": time.time() + 3600 if exp is None else exp} | claims
+    parts = [json.dumps(part).encode() for part in ({"alg": "RS256", "typ": "JWT"}, claims)]
+    parts.append(secrets.token_bytes(64))  # the signature, which this gateway does not check
+    return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
+
+
+def claims_of(token):
+    """What a JWT says; nothing, if the token is none."""
+    _, _, rest = token.partition(".")
+    payload, dot, _ = rest.partition(".")
+    return json.loads(base64.urlsafe_b64decode(payload + "==")) if dot else {}
+
+
+def bearer_token(headers):
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token if scheme == "Bearer" else ""
+
+
 class Gateway:
     """Listens on 127.0.0.1; `uri` is its address, `requests` all that came in, in order.
 
-    `key` is what it demands (None: nothing), `token` a bearer token that it takes instead. `deny`
-    is what a request without either gets: "login" (HTML with status 200), or a status code. Each
-    may be changed at any time, and so may
+    `key` is what it demands (None: nothing), `token` a bearer token that it takes instead. `users`
+    are tokens too, until they expire, each with the (name, password) that MLflow's basic-auth app
+    gets in its place (None: the token is passed on). `deny` is what a request without any gets:
+    "login" (HTML with status 200), or a status code. Each may be changed at any time, and so may
 
     `fault`        what goes wrong: one of FAULTS, or (status, headers, body) for any other answer;
                    "json" is a 401 in JSON, but not MLflow's, "echo" a 403 whose text shows the
@@ -48,9 +72,12 @@ class Gateway:
     `clock_lead`   seconds that its clock is ahead
     """
 
-    def __init__(self, upstream, key, tls=None, deny=401, token=None, body_limit=BODY_LIMIT):
+    def __init__(
+        self, upstream, key, tls=None, deny=401, token=None, users=None, body_limit=BODY_LIMIT
+    ):
         self.upstream = urlsplit(upstream)
-        self.key, self.token, self.deny, self.body_limit = key, token, deny, body_limit
+        self.key, self.token, self.users = key, token, users or {}
+        self.deny, self.body_limit = deny, body_limit
         self.fault, self.redirect_to = None, "http://127.0.0.1:9/"
         self.fault_on = lambda method, path: True
         self.clock_lead, self.requests = 0, []
@@ -97,17 +124,30 @@ class Gateway:
     def artifact_uploads(self):
         return [r for r in self.requests if r.method == "PUT" and "/mlflow-artifacts/" in r.path]
 
-    def _may_enter(self, headers):
-        if self.key is None or headers.get("x-api-key") == self.key:
-            return True
-        return self.token and headers.get("authorization") == f"Bearer {self.token}"
+    def _refusal(self, headers):
+        """Why a request is refused; None if it may enter."""
+        if self.key is None and not self.users:
+            return None
+        if self.key is not None and headers.get("x-api-key") == self.key:
+            return None
+        token = bearer_token(headers)
+        if token and token == self.token:
+            return None
+        if not self.users:
+            return b"no valid API key"
+        if not token:
+            return b"Bearer token required"
+        now = time.time() + self.clock_lead
+        if token not in self.users or claims_of(token).get("exp", now) < now:
+            return b"Invalid Bearer Token"
+        return None
 
     def _reply(self, fault, method, path, headers, body):
         """Return (status, headers, body)."""
         if isinstance(fault, tuple):
             return fault
-        html = {"Content-Type": "text/html"}
-        if fault == "login" or (self.deny == "login" and not self._may_enter(headers)):
+        html, refusal = {"Content-Type": "text/html"}, self._refusal(headers)
+        if fault == "login" or (self.deny == "login" and refusal):
             return 200, html, LOGIN_PAGE
         if fault == "redirect":
             return 307, {"Location": self.redirect_to}, b""
@@ -119,14 +159,17 @@ class Gateway:
         if fault in ("401", "403", "429", "500", "503"):
             after = {"Retry-After": "3600"} if fault in ("429", "503") else {}
             return int(fault), {"Content-Type": "text/plain"} | after, b"a bad day"
-        if not self._may_enter(headers):
-            return self.deny, {"Content-Type": "text/plain"}, b"no valid API key"
+        if refusal:
+            return self.deny, {"Content-Type": "text/plain"}, refusal
         answer = self._forward(method, path, headers, body)
         return (502, {}, b"too late") if fault == "late" else answer
 
     def _forward(self, method, path, headers, body):
         connection = http.client.HTTPConnection(self.upstream.netloc, timeout=60)
         forwarded = {name: value for name, value in headers.items() if name not in HOP_BY_HOP}
+        if user := self.users.get(bearer_token(headers)):
+            login = base64.b64encode(":".join(user).encode()).decode()
+            forwarded["authorization"] = f"Basic {login}"
         connection.request(method, path, body=body, headers=forwarded)
         response = connection.getresponse()
         content = response.read()
