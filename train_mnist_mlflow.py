@@ -42,7 +42,7 @@ def main(argv=None):
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
     world = training.join()  # one process, unless torchrun, srun or mpiexec has started several
     if world.rank == 0:  # the one that talks to MLflow
-        connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+        connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
     with training.in_turn(world):
         train = training.load_data(args.dataset, args.data_dir, train=True)
         test = training.load_data(args.dataset, args.data_dir, train=False)
@@ -52,6 +52,8 @@ def main(argv=None):
         runs.check_export(network, training.input_example(test.images))  # can it be stored?
         # [MLflow 1] set_experiment: the run joins the others of this one, on the left in the UI.
         experiment = mlflow.set_experiment(args.experiment)
+        if args.register:
+            runs.check_registrable(args.model_name)  # it may be somebody else's
 
     device = training.best_device(args.device, world.local_rank)
     precision = training.best_precision(args.precision, device)
@@ -95,16 +97,9 @@ def main(argv=None):
         print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
         print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
-        mlflow.set_tags(
-            {
-                "owner": owner,
-                "project.phase": args.phase,
-                "model.type": "Computer Vision",
-                "model.class": type(network).__name__,
-                **runs.git_tags(__file__),
-                **runs.job_tags(earlier),
-            }
-        )
+        tags = {"owner": owner, "project.phase": args.phase, "model.type": "Computer Vision"}
+        tags |= {"model.class": type(network).__name__}
+        mlflow.set_tags(tags | runs.git_tags(__file__) | runs.job_tags(earlier))
         # [MLflow 4] log_params: what was set before training; the columns to compare runs by.
         mlflow.log_params(params)
         # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.

@@ -75,7 +75,9 @@ def main(argv=None):
     else:
         network = training.MNISTCNN().eval()
         storage.load_weights(network, path)
-    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
+    if args.model_name:
+        runs.check_registrable(args.model_name)  # it may be somebody else's
     test = training.load_data(args.dataset, args.data_dir, train=False)
     scores = training.evaluate(network, test.images, test.labels)
     file = storage.recorded(path, storage.sha256(path))

@@ -6,12 +6,15 @@ Only the standard library is imported here, so `--help` and a mistyped flag answ
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import traceback
 
 from common.errors import UserError
 
+# What the scripts fail without, in ways that do not say so. Servers may be older.
+NEEDED = {"mlflow": [3, 17], "torch": [2, 10]}
 DATASETS = ("mnist", "fashion_mnist", "digits")
 
 
@@ -50,16 +53,23 @@ def add_training_arguments(parser, default_name, alias):
     add("--checkpoint", type=not_empty, metavar="DIR", help=f"{keep} (default: none)")
 
 
-def add_server_arguments(parser, experiment=None):
-    """Add the flags that say which tracking server; with `experiment`, also `--experiment`."""
+def add_server_arguments(parser, experiment=None, flag="--experiment"):
+    """Add the flags that say which tracking server; with `experiment`, also `flag`.
+
+    Its default is `experiment`, or what MLFLOW_EXPERIMENT_NAME says.
+    """
     where = "$MLFLOW_TRACKING_URI, else the AmSC server if $AM_SC_API_KEY is set, else a local file"
     whom = "$MLFLOW_TRACKING_SERVER_CERT_PATH, else the public authorities"
     what = "experiment to log into, created if it does not exist (default: %(default)s)"
     add = parser.add_argument_group("tracking server").add_argument
     add("--tracking_uri", metavar="URI", help=f"where to log (default: {where})")
     add("--ca_bundle", metavar="FILE", help=f"PEM file of the authority to trust (default: {whom})")
+    group = "workspace of the server (default: $MLFLOW_WORKSPACE, else the server's default)"
+    own = os.environ.get("MLFLOW_WORKSPACE", "").strip() or None
+    add("--workspace", type=not_empty, default=own, metavar="NAME", help=group)
     if experiment:
-        add("--experiment", type=not_empty, default=experiment, metavar="NAME", help=what)
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip() or experiment
+        add(flag, type=not_empty, default=experiment, metavar="NAME", help=what)
 
 
 def add_data_arguments(parser, dataset="mnist"):
@@ -129,7 +139,23 @@ def run(main):
     Any other error keeps its traceback; secrets in it are struck out.
     """
     sys.excepthook = print_and_exit
+    if not {"-h", "--help"} & set(sys.argv):
+        check_packages()
     main()
+
+
+def check_packages():
+    """Raise UserError if a package is missing or too old, before anything heavy is imported."""
+    from importlib import metadata, util
+
+    for name, needed in NEEDED.items():
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found = "" if util.find_spec(name) else "none"  # "": by another name, not judged
+        if found and [int(n) for n in re.findall(r"\d+", found)[:2]] < needed:
+            what = f"{name} {needed[0]}.{needed[1]} or newer is needed, and {found} is installed."
+            raise UserError(what, "pip install -r requirements.txt, in this Python's environment.")
 
 
 def print_result(**values):

@@ -22,7 +22,7 @@ CODES = {
     **{"proxy": 12, "name": 13, "no_server": 14, "tls": 15, "timeout": 16, "dropped": 17},
     **{"redirect": 18, "web_page": 19, "unauthenticated": 20, "forbidden": 21, "no_mlflow": 22},
     **{"too_many_requests": 23, "server_error": 24, "refused": 24},
-    **{"unavailable": 25, "too_large": 26, "object_store": 27},
+    **{"unavailable": 25, "too_large": 26, "object_store": 27, "experiment": 21, "workspace": 29},
 }
 # And of what only this script finds out:
 ADDRESS = 10
@@ -32,6 +32,10 @@ RUN = 30
 ARTIFACT = 31
 REGISTRY = 32
 CLEAN_UP = 33
+
+# The defaults of the five scripts.
+EXPERIMENTS = ("mnist_cnn_pytorch", "mnist_cnn_pytorch_shared")
+MODEL_NAME = "MNIST_CNN"
 
 # For the time after a signal: a batch system leaves half a minute.
 HASTE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -90,6 +94,7 @@ def main(argv=None):
         ("body limit", body_limit, ARTIFACT, False),
         ("multipart", multipart, CODES["object_store"], False),
         ("registry", registry, REGISTRY, False),
+        ("our names", default_names, CODES["forbidden"], False),
     )
     findings, failed = {}, []
 
@@ -168,9 +173,11 @@ def credential(check):
 
     from common import connection
 
-    connection.settle()
+    connection.settle(check.args.workspace)
     mlflow.set_tracking_uri(check.uri)
-    return connection.credential()
+    connection.check_token()
+    workspace = f"; workspace {check.args.workspace}" if check.args.workspace else ""
+    return connection.credential() + workspace
 
 
 def ca_bundle(check):
@@ -295,9 +302,9 @@ def clock(check):
 def versions(check):
     import mlflow
 
-    from scripts import probes
+    from common import connection
 
-    server = probes.server_version(check.uri) or "of unknown version"
+    server = connection.server_version() or "of unknown version"
     return f"server MLflow {server}, client {mlflow.__version__}"
 
 
@@ -328,11 +335,15 @@ def body_limit(check):
 
 
 def multipart(check):
+    import mlflow
+
     from scripts import probes
 
     if not check.proxied:
         return "does not matter: files do not go through the server"
-    store = probes.multipart(check.uri, check.run)
+    if not mlflow.environment_variables.MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD.get():
+        return "switched off by MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"
+    store = probes.multipart(check.run)
     return f"works; the parts go to {store}" if store else "not offered by the server"
 
 
@@ -341,6 +352,26 @@ def registry(check):
 
     probes.registered_model(check.name, check.run, check.cleanup)
     return "model, version and alias written"
+
+
+def default_names(check):
+    """What the scripts write to if no name is given: it may be somebody else's."""
+    import os
+
+    import mlflow
+
+    from common import connection, runs
+
+    client, own = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "").strip()
+    experiments = [own] if own else EXPERIMENTS
+    for name in experiments:
+        found = connection.ask_server(name)
+        if found and found.lifecycle_stage == "active":
+            made = client.create_run(found.experiment_id, run_name=check.name)
+            check.cleanup.callback(client.delete_run, made.info.run_id)
+    if client.search_registered_models(f"name = '{MODEL_NAME}'"):  # else it would be made
+        runs.check_registrable(MODEL_NAME)
+    return f"{', '.join([*experiments, MODEL_NAME])} can be written to, or are not seen here"
 
 
 def clean_up(check):

@@ -42,7 +42,7 @@ def main(argv=None):
         if Path(args.model).is_dir():
             folder = Path(args.model)
         else:
-            connection.connect(args.tracking_uri, args.ca_bundle)
+            connection.connect(args.tracking_uri, args.ca_bundle, workspace=args.workspace)
             try:
                 # download_artifacts: all files of the model, into a folder that is removed again.
                 folder = Path(mlflow.artifacts.download_artifacts(args.model, dst_path=parent))

@@ -56,7 +56,7 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks the guide's dash shows "?"
 
     # 1. Connect, and find the run.
-    connection.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle, workspace=args.workspace)
     if args.run_id:
         run = runs.existing_run(args.run_id)
     else:

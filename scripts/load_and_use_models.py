@@ -66,7 +66,7 @@ def main(argv=None):
     # Heavy imports wait until the arguments are known to be good, so --help answers at once.
     from common import connection
 
-    connection.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle, workspace=args.workspace)
     command = {
         "list": list_models,
         "from-run": load_from_run,

@@ -35,7 +35,8 @@ class LocalStore:
         try:
             known = runs and server.get_run(runs[0].info.run_id)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            # With users, a server forbids to see what is somebody else's, or nowhere.
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"):
                 raise
             known = None
         if known:

@@ -56,7 +56,7 @@ def main(argv=None):
     from scripts import figures, latest
 
     # 1. Connect, and find the runs; of a parent run, its children.
-    connection.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle, workspace=args.workspace)
     if args.run_id:
         named = [runs.existing_run(run_id) for run_id in dict.fromkeys(args.run_id)]
     else:

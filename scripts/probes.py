@@ -22,11 +22,9 @@ import requests
 from cryptography import x509
 from mlflow.exceptions import MlflowException
 
-# Not documented by MLflow: requests by hand, because its client hides how long one takes, and which
-# parts of a file it sends where. If they go, check_connection.py ends at its import.
+# Not documented by MLflow, whose client hides which parts of a file it sends where. If it goes,
+# check_connection.py ends at its import.
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 from common import connection
 
@@ -120,23 +118,13 @@ def answers(uri, count=5):
     path, seconds, lead = "/api/2.0/mlflow/experiments/search", [], None
     for _ in range(count):
         start = time.time()
-        response = _request(uri, path, "POST", json={"max_results": 1}, timeout=10)
+        response = connection.request(path, "POST", json={"max_results": 1}, timeout=10)
         seconds.append(time.time() - start)
-        verify_rest_response(response, path)
+        response.raise_for_status()
         if told := response.headers.get("Date"):
             # Whole seconds, cut off: half a second is added.
             lead = parsedate_to_datetime(told).timestamp() + 0.5 - (start + seconds[-1] / 2)
     return statistics.median(seconds), lead
-
-
-def server_version(uri):
-    """Return the server's MLflow version, or None if it, or its gateway, does not tell."""
-    try:
-        answer = _request(uri, "/version", "GET", timeout=5, max_retries=0)
-    except MlflowException:
-        return None
-    text = answer.text.strip()
-    return text if answer.ok and text[:1].isdigit() and len(text) < 20 else None
 
 
 def new_run(name, cleanup):
@@ -207,22 +195,19 @@ def body_limit(run):
     return passed, refused, rate
 
 
-def multipart(uri, run):
-    """Upload a file in two parts, past the gateway, and fetch it back the same way.
+def multipart(run):
+    """Upload a file in two parts, past the gateway, and fetch it back.
 
     Returns where the parts went, as "host:port", or None if the server does not offer that. Raises
     OSError if that host cannot be reached: MLflow would try for minutes.
     """
-    path = "/api/3.0/mlflow/server-info"
-    info = _request(uri, path, "GET", timeout=10)
-    try:
-        offered = info.ok and info.json()["multipart_uploads_enabled"]
-    except (requests.JSONDecodeError, LookupError, TypeError):  # an older server, a gateway's page
-        offered = False
-    if not offered:
-        return None
     repository = get_artifact_repository(run.info.artifact_uri)
-    upload = repository.create_multipart_upload("parts.bin", 1, "check")
+    try:
+        upload = repository.create_multipart_upload("parts.bin", 1, "check")
+    except requests.HTTPError as error:
+        if error.response.status_code != 501:  # the store behind the server takes no parts
+            raise
+        return None
     repository.abort_multipart_upload("parts.bin", upload.upload_id, "check")
     host, port = first_hop(upload.credentials[0].url)
     try:
@@ -261,15 +246,6 @@ def registered_model(name, run, cleanup):
         *(name, f"runs:/{run.info.run_id}/check"), run_id=run.info.run_id, await_creation_for=None
     )
     client.set_registered_model_alias(name, "check", version.version)
-
-
-def _request(uri, path, method, **arguments):
-    """Send a request as MLflow does, to an address that has no public call.
-
-    These two functions of MLflow are not documented, nor is what this file calls on an artifact
-    repository: if they change, the check of a connection fails, and nothing else.
-    """
-    return http_request(get_default_host_creds(uri), path, method, **arguments)
 
 
 def _upload(run, size):

@@ -50,7 +50,10 @@ def build_parser():
     force = "move the alias all the same, and record why"
     add("--force", type=cli.not_empty, metavar="REASON", help=force)
     cli.add_data_arguments(parser, dataset=None)
-    cli.add_server_arguments(parser, EXPERIMENT)
+    cli.add_server_arguments(parser)
+    # Not MLFLOW_EXPERIMENT_NAME: the history of a model stands in one experiment, for everyone.
+    where = "experiment of the promotions (default: %(default)s)"
+    add("--experiment", type=cli.not_empty, default=EXPERIMENT, metavar="NAME", help=where)
     return parser
 
 
@@ -68,7 +71,7 @@ def main(argv=None):
     from scripts import promotions
 
     # 1. Connect, and see where the alias points now and is to point.
-    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
     recorded = promotions.records(args.experiment, name)
     if args.history:
         print("\n".join(map(str, recorded)) or f"note     no promotion of {name} is recorded")

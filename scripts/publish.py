@@ -73,7 +73,7 @@ def main(argv=None):
         chosen = local.choose_runs(args)
         left_out = f"  left out, still running {local.left_out}" if local.left_out else ""
         print(f"source   {local.path}  runs {len(chosen)}{left_out}", flush=True)
-        connection.connect(args.tracking_uri, args.ca_bundle)
+        connection.connect(args.tracking_uri, args.ca_bundle, workspace=args.workspace)
         server = mlflow.MlflowClient()
         local.check_server(server, chosen)
 

@@ -46,10 +46,11 @@ def main(argv=None):
     from scripts import latest
 
     # 1. Connect, and find the run and its model.
-    connection.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle, workspace=args.workspace)
     run_id = args.run_id or latest.latest_run(args.experiment).info.run_id
     run = runs.finished_run(run_id)
     model_uri = runs.model_uri(run, name=None)
+    runs.check_registrable(args.model_name, model_uri)
     print(f"run      {run_id}  {run.info.run_name}  {model_uri}", flush=True)
 
     # 2. Register. register_model: makes the name if it does not exist, and adds a version to it.

@@ -25,13 +25,6 @@ def build_parser():
     parser = cli.parser(__doc__)
     # Spelt with dashes, as the guide has them.
     parser.add_argument(
-        "--experiment-name",
-        type=cli.not_empty,
-        default=EXPERIMENT,
-        metavar="NAME",
-        help="experiment to log into, created if it does not exist (default: %(default)s)",
-    )
-    parser.add_argument(
         "--run-name",
         type=cli.not_empty,
         metavar="NAME",
@@ -69,7 +62,7 @@ def build_parser():
         help="seed of the weights, the split and the order of the images (default: %(default)s)",
     )
     cli.add_data_arguments(parser)
-    cli.add_server_arguments(parser)
+    cli.add_server_arguments(parser, EXPERIMENT, "--experiment-name")  # as the guide has it
     return parser
 
 
@@ -87,7 +80,8 @@ def main(argv=None):
     from scripts import networks
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment_name)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment_name, args.workspace)
+    runs.check_registrable(args.model_name)
     everything = training.load_data(args.dataset, args.data_dir, train=True)
     train, validation = networks.hold_out(everything, seed=args.seed)
     test = training.load_data(args.dataset, args.data_dir, train=False)

@@ -70,7 +70,7 @@ def main(argv=None):
     from scripts import networks
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
     everything = training.load_data(args.dataset, args.data_dir, train=True)
     train, validation = networks.hold_out(everything, seed=args.seed)
     test = training.load_data(args.dataset, args.data_dir, train=False)

@@ -59,7 +59,7 @@ def main(argv=None):
     from common import connection, runs
 
     # 1. Connect, and load the data.
-    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
     iris = load_iris(as_frame=True)
     # "sepal length (cm)" becomes sepal_length: the names that a request to the served model has.
     table = iris.data.rename(columns=lambda name: name.removesuffix(" (cm)").replace(" ", "_"))

@@ -99,7 +99,7 @@ def main(argv=None):
     from common import connection, runs
 
     # 1. Connect, and load the data: whatever is wrong shows now, not after an epoch.
-    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
     train, held_out = load_data()
     torch.manual_seed(args.seed)
     network = build_network(train)

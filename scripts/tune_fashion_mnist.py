@@ -85,7 +85,7 @@ def main(argv=None):
     from scripts import networks, studies
 
     # 1. Connect, load the data, open the study: whatever is wrong shows now.
-    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+    connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
     splits = networks.hold_out(
         training.load_data(args.dataset, args.data_dir, train=True), seed=args.seed
     )

@@ -11,4 +11,6 @@ from .address import AMSC_URI, LOCAL_URI, LOOPBACK, address, printable, proxy_of
 from .credentials import credential, without_secrets
 from .failures import Failure, diagnose
 from .preflight import ask_server, connect, settle
+from .secret import check_token
 from .settings import FIRST_REQUESTS, SETTINGS, environment, trust
+from .undocumented import request, server_version

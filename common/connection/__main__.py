@@ -6,6 +6,7 @@ python -m common.connection models serve -m models:/NAME@alias --env-manager loc
 
 import contextlib
 import sys
+import traceback
 
 import requests
 from mlflow.cli import cli  # the `mlflow` command's own entry point
@@ -13,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from common.errors import UserError
 
+from .credentials import without_secrets
 from .failures import diagnose
 from .preflight import connect
 
@@ -21,7 +23,6 @@ try:
         connect()
     cli(prog_name="mlflow")
 except (UserError, MlflowException, requests.RequestException) as error:
-    if not (failure := diagnose(error)):
-        raise
-    print(failure, file=sys.stderr, flush=True)
-    sys.exit(failure.code)
+    failure = diagnose(error)
+    print(failure or without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
+    sys.exit(failure.code if failure else 1)

@@ -10,9 +10,15 @@ import requests
 
 from common.errors import UserError
 
+from .secret import KEY, TOKEN, source
 from .settings import FIRST_REQUESTS
 
 AMSC_URI = "https://mlflow.american-science-cloud.org"
+# Its newer servers take a token instead; the second one is reached from inside only.
+AMSC_TOKEN_URIS = (
+    "https://mlflow-staging.american-science-cloud.org",
+    "https://mlflow.ms.dev.american-science-cloud.org",
+)
 LOCAL_URI = "sqlite:///mlflow.db"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Of SQLite a file: a store in memory, or in no file, would be lost at the end.
@@ -59,9 +65,13 @@ def _choose(tracking_uri):
         return tracking_uri.strip(), "from --tracking_uri"
     if uri := os.environ.get("MLFLOW_TRACKING_URI", "").strip():
         return uri, "from MLFLOW_TRACKING_URI"
-    for name in ("AM_SC_API_KEY_FILE", "AM_SC_API_KEY"):
-        if os.environ.get(name, "").strip():
-            return AMSC_URI, f"the AmSC server, because {name} is set"
+    if name := source(TOKEN):  # to guess would send it to the wrong server, or log to a local file
+        what = f"{name} is set, and no tracking address: a token belongs to one server."
+        known = f"{', '.join(AMSC_TOKEN_URIS)}, or your institution's"
+        hint = f"export MLFLOW_TRACKING_URI=https://HOST ({known}), or --tracking_uri {LOCAL_URI}"
+        raise UserError(what, hint)
+    if name := source(KEY):
+        return AMSC_URI, f"the AmSC server, because {name} is set"
     return LOCAL_URI, "local, because neither MLFLOW_TRACKING_URI nor AM_SC_API_KEY is set"
 
 
@@ -80,7 +90,7 @@ def _is_usable(uri):
 def _check_variables(uri):
     """Refuse MLflow variables that would lead a script elsewhere than its first line says."""
     if os.environ.get("MLFLOW_REGISTRY_URI", uri).rstrip("/") != uri.rstrip("/"):
-        what = "MLFLOW_REGISTRY_URI names another server, and the key must not go there."
+        what = "MLFLOW_REGISTRY_URI names another server, and no credential must go there."
         raise UserError(what, "unset it; models are registered on the tracking server.")
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         what = f"MLFLOW_RUN_ID is set, so MLflow would write into the run {run_id} again."

@@ -10,6 +10,7 @@ import contextlib
 import html
 import io
 import json
+import logging
 import os
 import sys
 from urllib.parse import urlsplit
@@ -21,35 +22,39 @@ from mlflow.tracking.request_auth.abstract_request_auth_provider import RequestA
 from common.errors import UserError
 
 from . import undocumented
-from .address import AMSC_URI, LOOPBACK, origin, printable, proxy_of
-from .key import api_key, check_header
+from .address import AMSC_TOKEN_URIS, AMSC_URI, LOOPBACK, origin, printable, proxy_of
+from .secret import KEY, TOKEN, check_header, secret, source, validity
 
+AMSC = {AMSC_URI: KEY} | dict.fromkeys(AMSC_TOKEN_URIS, TOKEN)  # what each server demands
 AUTH, NAME = "MLFLOW_TRACKING_AUTH", "x-api-key"  # the variable, and what it holds
-SECRETS = ("AM_SC_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
+SECRETS = (KEY, TOKEN, "MLFLOW_TRACKING_PASSWORD")
 
 
 class Credentials(RequestAuthProvider, requests.auth.AuthBase):
-    """Adds `X-Api-Key` to requests to the tracking server, and lets no credential go elsewhere.
+    """Adds key and token to requests to the tracking server, and lets no credential go elsewhere.
 
-    The key is read anew for each request: it may change during a job. `requests` does not look into
+    Both are read anew for each request: they may change during a job. `requests` does not look into
     ~/.netrc, whose password it would send in place of the token, as it is given an auth object.
     """
 
     def __init__(self):
         self.sent = []  # every secret so far, to be struck out wherever a server repeats one
-        self.last_key = ""
-        self.said = None  # what is wrong with the key file, if that has been said
+        self.last = {}  # of each kind, to go on with if its file becomes unreadable
+        self.experiment = None  # the one that `connect` was told, for `diagnose`
+        self.said = None  # what is wrong with such a file, if that has been said
         self.stopped = collections.deque(maxlen=4)  # errors raised here, which MLflow may lose
-        self.refusals = {}  # {JSON: status} of answers; MLflow drops the status
+        self.refusals = {}  # {JSON: (status, path)} of answers; MLflow drops both
 
     def register(self):
         """Have MLflow ask this object. The variable is inherited by the processes of a job."""
         for name in (AUTH, "MLFLOW_TRACKING_AWS_SIGV4"):
             if os.environ.get(name, "").lower() not in ("", "0", "false", NAME):
-                what = f"{name} is set, and with it MLflow would not send the key."
+                what = f"{name} is set, and with it MLflow would not send key or token."
                 raise UserError(what, f"unset {name}")
         os.environ[AUTH] = NAME
         undocumented.register(self)
+        for handler in logging.getLogger("mlflow").handlers:
+            handler.addFilter(_strike_out)  # of a server's words that MLflow's threads log
 
     def get_name(self):
         return NAME
@@ -58,44 +63,47 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
         return self
 
     def __call__(self, request):
-        key = self._key()
+        key, token = self._read(KEY), self._read(TOKEN)
         if not belongs_to_server(request.url):
-            if key or "Authorization" in request.headers:
+            if key or token or "Authorization" in request.headers:
                 scheme, host, port = origin(request.url)
                 self.stopped.append(lie_elsewhere(f"{scheme}://{host}:{port}"))
                 raise self.stopped[-1]
             return request
-        if not keeps_secrets(request.url):
-            key = ""
-            if request.headers.get("Authorization", "").startswith("Bearer "):
-                del request.headers["Authorization"]
-        if key:
+        safe = keeps_secrets(request.url)
+        # MLflow has put in the variable's token; or user and password, which come first.
+        if request.headers.get("Authorization", "Bearer ").startswith("Bearer "):
+            if not safe:
+                request.headers.pop("Authorization", None)
+            elif token:
+                request.headers["Authorization"] = f"Bearer {token}"
+        if key and safe:
             request.headers["X-Api-Key"] = key
-        for secret in (key, request.headers.get("Authorization", "").partition(" ")[2]):
-            if secret and secret not in self.sent:
-                self.sent.append(secret)
+        for value in (key, token, request.headers.get("Authorization", "").partition(" ")[2]):
+            if value and value not in self.sent:
+                self.sent.append(value)
         request.register_hook("response", self._remember)
         return request
 
-    def _key(self):
+    def _read(self, name):
         try:
-            self.last_key = api_key()[0]
+            self.last[name] = secret(name)
         except UserError as problem:
-            # The file was there when the job started. The server decides about the last key.
-            if not self.last_key:
+            # The file was there when the job started. The server decides about the last value.
+            if not self.last.get(name):
                 self.stopped.append(problem)
                 raise
             if str(problem) != self.said:
                 self.said = str(problem)
-                print(f"{problem}\nThe last key is used.", file=sys.stderr, flush=True)
-        return self.last_key
+                print(f"{problem}\nThe last one is used.", file=sys.stderr, flush=True)
+        return self.last[name]
 
     def _remember(self, response, stream=False, **_):
         if not response.ok and not stream:
             answer = ""
             with contextlib.suppress(requests.JSONDecodeError):
                 answer = str(response.json())
-                self.refusals[answer] = response.status_code
+                self.refusals[answer] = response.status_code, urlsplit(response.url).path
             # The response was lost, and MLflow has sent the request again: the row is there.
             if response.url.endswith("/runs/outputs") and undocumented.TWICE.search(answer):
                 done = requests.Response()
@@ -111,22 +119,26 @@ def credential():
     """Return in words, never in values, what the server will be sent; or raise UserError."""
     uri = mlflow.get_tracking_uri()
     safe = keeps_secrets(uri)
-    key, name = api_key()
-    # The line break that comes along from a file is no part of the token.
-    if token := os.environ.pop("MLFLOW_TRACKING_TOKEN", "").strip():
-        os.environ["MLFLOW_TRACKING_TOKEN"] = token
-        check_header("MLFLOW_TRACKING_TOKEN", token)
-    words = []
+    if TOKEN in os.environ:  # MLflow puts it into a header as it is, with a file's line break
+        os.environ[TOKEN] = os.environ[TOKEN].strip()
+        check_header(TOKEN, os.environ[TOKEN])
+    key, token, words = secret(KEY), secret(TOKEN), []
     if key:
-        words.append(f"X-Api-Key from {name}" if safe else "X-Api-Key withheld: plain http")
-    if all(os.environ.get(f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD")):
-        # MLflow prefers these to the token.
-        words.append("user and password" if safe else "user and password, unencrypted")
+        words.append(f"X-Api-Key from {source(KEY)}" if safe else "X-Api-Key withheld: plain http")
+    login = undocumented.get_default_host_creds(uri)
+    if login.username and login.password:  # MLflow prefers these to the token
+        own = all(os.environ.get(f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
+        where = "" if own else " from ~/.mlflow/credentials"
+        where += ", in place of the token" if token else ""
+        words.append(f"user and password{where}" + ("" if safe else ", unencrypted"))
     elif token:
-        words.append("bearer token" if safe else "bearer token withheld: plain http")
-    if not words and urlsplit(uri).hostname == urlsplit(AMSC_URI).hostname:
-        what = "AM_SC_API_KEY is not set, so the AmSC server would refuse every request."
-        raise UserError(what, 'export AM_SC_API_KEY="<your key>"')
+        known = f"bearer token from {source(TOKEN)} {validity(token)}".rstrip()
+        words.append(known if safe else "bearer token withheld: plain http")
+    for server, name in AMSC.items():
+        if not words and urlsplit(uri).hostname == urlsplit(server).hostname:
+            what = f"{name} is not set, so the AmSC server would refuse every request."
+            kind = "key" if name == KEY else "access token"
+            raise UserError(what, f'export {name}="<your {kind}>"')
     return ", ".join(words) or "no credentials"
 
 
@@ -137,7 +149,7 @@ def belongs_to_server(url):
 
 def lie_elsewhere(location):
     where = printable(location)
-    what = f"the artifacts lie on another server, {where}, and the key must not go there."
+    what = f"the artifacts lie on another server, {where}, and no credential must go there."
     return UserError(what, "choose an --experiment, or a run of one, with its artifacts here.")
 
 
@@ -158,3 +170,8 @@ def without_secrets(text):
             for written in (value, html.escape(value), json.dumps(value)[1:-1]):
                 text = text.replace(written, "<secret>")
     return text
+
+
+def _strike_out(record):
+    record.msg, record.args = without_secrets(record.getMessage()), ()
+    return True

@@ -1,6 +1,8 @@
 """What MLflow raises when the server fails, told apart: one sentence, one cure, one exit code."""
 
+import os
 import re
+from urllib.parse import urlsplit
 
 import mlflow
 import requests
@@ -30,13 +32,19 @@ MESSAGES = {
     "dropped": "{address} dropped the connection halfway.\n"
     "does it want https://? Else try again; if it stays, ask those who run the server.",
     "web_page": "{address} answers with a web page, not as an MLflow server: perhaps a login.\n"
-    "check the key (sent: {sent}), and that the address is right and https.",
-    "redirect": "{address} redirects to another address, and the key must not be taken there.\n"
+    "check key or token (sent: {sent}), and that the address is right and https.",
+    "redirect": "{address} redirects to another address, and no credential must be taken there.\n"
     "use the address that it redirects to; mostly https:// in place of http://.",
     "unauthenticated": "{address} refuses access (error 401){said}.\n"
-    "is the key exported, the right one, and still valid? (sent: {sent})",
+    "is the key or token exported, the right one for this server, and still valid? Of tokens it is "
+    "the access token. (sent: {sent})",
     "forbidden": "{address} forbids the request (error 403){said}.\n"
     "ask those who run the server whether you may do this (sent: {sent}).",
+    "experiment": "{address} does not let you write to the experiment {experiment} (error 403)"
+    "{said}.\nit is somebody else's, perhaps: --experiment {experiment}_$USER, or ask its owner"
+    "{role} (sent: {sent}).",
+    "workspace": "{address}: the workspace {workspace} cannot be used{said}.\n"
+    "correct --workspace or MLFLOW_WORKSPACE, or unset it; or ask for the role USE there.",
     "no_mlflow": "something answers at {address}, but no MLflow.\n"
     "check the port and the path of the address.",
     "too_large": "{address} does not take {body} (error 413): the gateway's limit is lower.\n"
@@ -85,7 +93,10 @@ def diagnose(error):
 
 
 def _failure(kind, code=None, **words):
-    words = {"address": printable(mlflow.get_tracking_uri()), **words}
+    words |= {"address": printable(mlflow.get_tracking_uri())}
+    workspace = os.environ.get("MLFLOW_WORKSPACE")
+    words |= {"workspace": workspace, "experiment": CREDENTIALS.experiment}
+    words |= {"role": f", or for a role in the workspace {workspace}" if workspace else ""}
     what, hint = (line.format(**words) for line in MESSAGES[kind].split("\n"))
     return Failure(what, hint, code or (TRY_AGAIN if kind in LATER else 1), kind)
 
@@ -132,19 +143,25 @@ def _bad_answer(causes, text):
     """The `Failure` if there was an answer, and a bad one."""
     try:
         sent = credential()
-    except UserError:  # a key file that has become unreadable: the last key was sent
-        sent = "X-Api-Key"
+    except UserError:  # a file that has become unreadable: what it held last was sent
+        sent = "the last key or token"
     no_json = (requests.exceptions.JSONDecodeError, requests.exceptions.ContentDecodingError)
     if any(isinstance(cause, no_json) for cause in causes) or undocumented.NOT_JSON in text:
         return _failure("web_page", sent=sent)
+    if none := undocumented.NO_WORKSPACES.search(text):
+        or_else = ", or is no MLflow" if "determine" in none[0] else ""
+        return _failure("workspace", said=f": the server has no workspaces{or_else}")
     responses = [cause.response for cause in causes if getattr(cause, "response", None) is not None]
     bodies = list(filter(None, map(undocumented.answered, causes)))
-    found, said = undocumented.STATUS.search(text), undocumented.SAID.search(text)
-    said = _plain(bodies[0].get("message") or bodies[0]) if bodies else said and said[1].strip()
+    found = undocumented.STATUS.search(text)
+    said = next(filter(None, (undocumented.SAID.search(str(cause)) for cause in causes)), None)
+    said = _plain(bodies[0].get("message") or bodies[0]) if bodies else said and _plain(said[1])
+    path = undocumented.ENDPOINT.search(text)
+    path = path[1] if path else ""
     if responses:
-        status = responses[0].status_code
+        status, path = responses[0].status_code, urlsplit(responses[0].url).path
     elif bodies:
-        status = CREDENTIALS.refusals.get(str(bodies[0]), 403)
+        status, path = CREDENTIALS.refusals.get(str(bodies[0]), (403, path))
     elif found:
         status = int(next(filter(None, found.groups())))
     else:
@@ -152,11 +169,15 @@ def _bad_answer(causes, text):
     kind = STATUS.get(status) or ("server_error" if status >= 500 else "refused")
     if 300 <= status < 400 or (status == 400 and "HTTPS port" in text):  # nginx's words
         kind = "redirect"
+    elif os.environ.get("MLFLOW_WORKSPACE") and undocumented.WORKSPACE.search(said or ""):
+        kind = "workspace"
+    elif status == 403 and CREDENTIALS.experiment and undocumented.OWNED.search(path):
+        kind = "experiment"
     elif kind == "no_mlflow" and bodies and "error_code" in bodies[0]:  # MLflow's own 404
         kind = "refused"
     size = responses and responses[0].request.headers.get("Content-Length")
     body = f"a request of {int(size) / 1e6:.1f} MB" if size else "so large a request"
-    said = f", and says: {said[:150].rstrip('.')}" if said else ""
+    said = f", and says: {said[:500].rstrip('.')}" if said else ""
     return _failure(kind, status=status, said=said, sent=sent, body=body)
 
 

@@ -17,28 +17,37 @@ from common.errors import UserError
 from . import undocumented
 from .address import address, printable
 from .credentials import CREDENTIALS, belongs_to_server, credential, lie_elsewhere
+from .secret import check_token
 from .settings import FIRST_REQUESTS, SETTINGS, environment, trust
 
+WORKSPACE = "MLFLOW_WORKSPACE"
+OLDEST = 3  # the major version of servers that all scripts work with
 PATIENCE = 13  # seconds for the first requests together, whatever hangs: names, proxies, servers
 
 
-def connect(tracking_uri=None, ca_bundle=None, experiment=None):
-    """Point MLflow at the server, and make sure that it is there, trusted, and accepts the key.
+def connect(tracking_uri=None, ca_bundle=None, experiment=None, workspace=None):
+    """Point MLflow at the server; make sure that it is there, trusted, and accepts key or token.
 
     The address is `tracking_uri`, else MLFLOW_TRACKING_URI, else the AmSC server if there is an API
-    key, else a local SQLite file. The first line printed says which, and why.
+    key, else a local SQLite file. The first line printed says which, and why. The workspace, on
+    servers that have them, is `workspace`, else MLFLOW_WORKSPACE, else the server's default.
 
-    Raises UserError, also if `experiment` was deleted or keeps its artifacts on another server; and
-    within 15 seconds what MLflow raises if the server fails (`diagnose` makes two lines of that).
+    Raises UserError, also if `experiment` was deleted or keeps its artifacts on another server, or
+    if the server is too old; and within 15 seconds what MLflow raises if it fails (`diagnose` makes
+    two lines of that).
     """
     uri, reason = address(tracking_uri)
-    settle()
+    settle(workspace)
+    where = os.environ.get(WORKSPACE)
     mlflow.set_tracking_uri(uri)
     if uri.startswith("http"):
         trust(ca_bundle)
-        print(f"tracking {printable(uri)}  ({reason}; {credential()})", flush=True)
+        words = f"{reason}; {credential()}" + (f"; workspace {where}" if where else "")
+        print(f"tracking {printable(uri)}  ({words})", flush=True)
+        check_token()
         existing = ask_server(experiment)
     else:
+        reason += f"; no workspaces here, so not in {where}" if where else ""
         with _prepare_sqlite(uri) if uri.startswith("sqlite") else contextlib.nullcontext():
             print(f"tracking {printable(uri)}  ({reason})", flush=True)
             existing = _open_store(uri, experiment)
@@ -49,7 +58,7 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None):
         _check_location(existing.artifact_location)
 
 
-def settle():
+def settle(workspace=None):
     """Set the MLflow variables, where the user has not, and register the credentials.
 
     `connect` does that. A process that inherits its variables needs only this, and `trust()`.
@@ -60,6 +69,8 @@ def settle():
     os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
     if not sys.stderr.isatty():
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if workspace := (workspace or os.environ.pop(WORKSPACE, "")).strip():
+        os.environ[WORKSPACE] = workspace
     CREDENTIALS.register()
 
 
@@ -73,10 +84,13 @@ def ask_server(experiment=None):
 
     def ask():
         try:
-            answer.set_result(_look_up(experiment))
+            found = _look_up(experiment)
+            _check_version()
+            answer.set_result(found)
         except BaseException as error:  # noqa: BLE001 (handed over: `result` raises it again)
             answer.set_exception(error)
 
+    CREDENTIALS.experiment = experiment
     with environment(**FIRST_REQUESTS):
         threading.Thread(target=ask, daemon=True).start()
         try:
@@ -90,6 +104,21 @@ def _look_up(experiment):
     client = mlflow.MlflowClient()
     client.search_experiments(max_results=1)
     return client.get_experiment_by_name(experiment) if experiment else None
+
+
+def _check_version():
+    """Raise UserError if server and client do not fit. A gateway may withhold what they are."""
+    version = undocumented.server_version()
+    old = version and int(version.split(".")[0]) < OLDEST
+    if old and undocumented.lacks_logged_models():
+        what = f"the server runs MLflow {version}, and the scripts need {OLDEST}.0 or newer there."
+        hint = f"ask those who run it for an upgrade (the client here is {mlflow.__version__})."
+        raise UserError(what, hint)
+    client = [int(number) for number in mlflow.__version__.split(".")[:2]]
+    if client < [3, 18] and undocumented.wants_direct_uploads():
+        what = "the server takes files by direct upload only, which this client cannot do"
+        hint = "pip install -U mlflow; a client of 3.18 or newer can."
+        raise UserError(f"{what} (MLflow {mlflow.__version__}).", hint)
 
 
 def _check_location(location):

@@ -20,7 +20,9 @@ SETTINGS = {
     # Models are exported from the CPU. MLflow would try them on a GPU wherever it sees one.
     "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cpu",
     # Files from here on go in parts of this many bytes, past the gateway, where the server offers
-    # that. MLflow would begin at 500 MB, and gateways refuse bodies of more than some 16 MB.
+    # that. MLflow would begin at 500 MB, and gateways refuse bodies of more than some 16 MB. It
+    # would also ask first whether the server offers that, and most versions do not say so.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
     "MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE": str(10 * 1024 * 1024),
     # A server that hangs: MLflow waits so long for each of 8 answers, 120 s if this is not set.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",

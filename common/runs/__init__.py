@@ -18,7 +18,14 @@ from .ending import always_ended
 from .export import check_export
 from .figures import confusion_matrix_figure
 from .launches import one_run, one_version, patiently, ready_model
-from .lookup import alias_version, existing_run, finished_run, model_uri, run_address
+from .lookup import (
+    alias_version,
+    check_registrable,
+    existing_run,
+    finished_run,
+    model_uri,
+    run_address,
+)
 from .predictions import (
     PREDICTIONS,
     check_predictions,

@@ -1,9 +1,16 @@
 """A run looked up: its state, its model, its page. And the version that an alias points at."""
 
+import os
+import time
+
 import mlflow
 from mlflow.exceptions import MlflowException
 
 from common.errors import UserError
+
+from .launches import patiently
+
+NO_TAG = "there.is.no.such.tag"
 
 
 def existing_run(run_id):
@@ -53,6 +60,36 @@ def model_uri(run, name="model"):
     raise UserError(f"the run {run.info.run_id} has no model to register.", hint)
 
 
+def check_registrable(model_name, model_uri=""):
+    """Raise UserError if the registered model, or the one to register, is somebody else's.
+
+    Asked by writing what is there already. MLflow would say so when all is trained; or when there
+    is a version, which it notes in the tags of the model that was registered. Where it keeps from
+    people what there is, a new name is made, and stays: to delete it could hit another job's model.
+    """
+    client, model_id = mlflow.MlflowClient(), model_uri.removeprefix("models:/")
+    whose = f"the registered model {model_name}"
+    hint = f"--model_name {model_name}_$USER, or ask its owner for the permission EDIT."
+    try:
+        try:
+            client.delete_registered_model_tag(model_name, NO_TAG)
+        except MlflowException as error:
+            if error.error_code == "PERMISSION_DENIED":  # or there is none: only making it tells
+                if not patiently(client.create_registered_model, model_name):
+                    time.sleep(1)  # made by another job of ours just now? Then it is ours by now
+                    client.delete_registered_model_tag(model_name, NO_TAG)
+            elif error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a new name is anybody's
+                raise
+        if model_id.startswith("m-"):
+            whose, hint = "the run", "ask its owner to register it, or for the permission EDIT."
+            client.set_logged_model_tags(model_id, client.get_logged_model(model_id).tags)
+    except MlflowException as error:
+        if error.error_code != "PERMISSION_DENIED":
+            raise
+        what = f"{whose} is somebody else's, and you may not write there."
+        raise UserError(what, hint) from error
+
+
 def alias_version(model_name, alias):
     """Return the number of the version that the alias points at, as text; None if there is none."""
     try:
@@ -68,4 +105,6 @@ def run_address(run):
     uri = mlflow.get_tracking_uri()
     if not uri.startswith("http"):
         return "mlflow ui --backend-store-uri " + (uri if uri.startswith("sqlite") else "URI")
-    return f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    where = os.environ.get("MLFLOW_WORKSPACE")
+    page = f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"{page}?workspace={where}" if where else page

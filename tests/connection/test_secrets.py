@@ -1,5 +1,6 @@
 """The key and the token go to the tracking server only: everything else is searched for them."""
 
+import logging
 import os
 import sys
 import urllib.request
@@ -10,7 +11,7 @@ import mlflow
 import pytest
 import requests
 from conftest import ROOT, clean_environment, free_port, mlflow_server, run, serving
-from gateway import Gateway
+from gateway import BODY_LIMIT, Gateway
 
 from common import connection
 from common.connection.credentials import Credentials
@@ -119,7 +120,8 @@ def test_what_is_trained_is_tracked_registered_and_promoted(scene):
     """The plot, the predictions and the model go through the gateway, each once."""
     trained = scene.results["train_mnist_mlflow.py"]
     registered = scene.results["register_and_inference.py"]
-    words = "(from MLFLOW_TRACKING_URI; X-Api-Key from AM_SC_API_KEY, bearer token)"
+    words = "(from MLFLOW_TRACKING_URI; X-Api-Key from AM_SC_API_KEY, bearer token from "
+    words += "MLFLOW_TRACKING_TOKEN)"
     first, second = trained["printed"].splitlines()[:2]
     assert first == f"tracking {scene.box.uri}  {words}"
     run_id = trained["run_id"]
@@ -332,3 +334,79 @@ def test_object_store_that_takes_no_parts(s3_box, object_store, tmp_path):
     assert check.result["multipart"] == "FAILED, exit code 27"
     (kept,) = os.listdir(tmp_path)
     assert kept.startswith("checkpoint-") and kept in finished.error
+
+
+def test_check_says_that_parts_are_switched_off(s3_box, tmp_path):
+    _, variables = s3_box
+    switch = {"MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false"}
+    finished = run("scripts/check_connection.py", cwd=tmp_path, **variables, **switch)
+    assert finished.result["multipart"] == f"switched off by {next(iter(switch))}"
+
+
+# MLflow is imported before the settings are made, as in the scripts.
+UPLOAD = """
+import sys
+
+import mlflow
+
+from common import cli, connection
+
+
+def main():
+    connection.connect()
+    with mlflow.start_run() as run, open("zeros.bin", "wb") as file:
+        file.truncate(int(sys.argv[1]))
+        mlflow.log_artifact(file.name)
+    cli.print_result(artifact_uri=run.info.artifact_uri)
+
+
+cli.run(main)
+"""
+
+
+def upload(size, folder, code=0, **variables):
+    script = folder / "upload.py"
+    script.write_text(UPLOAD)
+    return run(script, size, cwd=folder, code=code, PYTHONPATH=str(ROOT), **variables)
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_large_file_goes_in_parts_by_default(says_so, s3_box, object_store, tmp_path):
+    """Also if the server does not say that it offers that: most versions of MLflow do not."""
+    box, variables = s3_box
+    box.body_limit = BODY_LIMIT
+    if not says_so:
+        box.fault, box.fault_on = (404, {}, b""), lambda method, path: "server-info" in path
+    before = len(object_store.requests)
+    finished = upload(20_000_000, tmp_path, **variables)
+    assert finished.err == ""
+    sent = [r for r in object_store.requests[before:] if "partNumber=" in r.path]
+    assert sorted(r.size for r in sent) == [20_000_000 - 10 * 2**20, 10 * 2**20]
+    assert max(r.size for r in box.requests) < 10_000
+    path = finished.result["artifact_uri"].removeprefix("mlflow-artifacts:/")
+    stored = urllib.request.Request(
+        f"{object_store.uri}/models/art/{path}/zeros.bin", method="HEAD"
+    )
+    with urllib.request.urlopen(stored) as answer:
+        assert answer.headers["Content-Length"] == "20000000"
+
+
+def test_large_file_where_the_server_takes_no_parts(box, box_variables, tmp_path):
+    """It goes whole, and nothing is said, up to the gateway's limit."""
+    finished = upload(12_000_000, tmp_path, **box_variables)
+    assert finished.err == ""
+    asked, sent = [r for r in box.requests if "/mlflow-artifacts/" in r.path]
+    assert ("/mpu/create/" in asked.path, asked.status) == (True, 501)
+    assert (sent.method, sent.size, sent.status) == ("PUT", 12_000_000, 200)
+    finished = upload(20_000_000, tmp_path, code=1, **box_variables)
+    assert "(error 413): the gateway's limit is lower" in finished.error
+    assert "Traceback" not in finished.err and "WARNING" not in finished.err
+
+
+def test_what_mlflow_logs_of_a_servers_words(user, capsys):
+    """Its thread for system metrics does; and where a log has been opened before."""
+    user(MLFLOW_TRACKING_TOKEN=TOKEN)
+    connection.settle()
+    connection.settle()
+    logging.getLogger("mlflow.system_metrics").warning("forbidden for %s", f"Bearer {TOKEN}")
+    assert capsys.readouterr().err.endswith("forbidden for Bearer <secret>\n")

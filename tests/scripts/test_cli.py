@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FURTHER_SCRIPTS, ROOT, SCRIPTS, clean_environment, run
+from conftest import FURTHER_SCRIPTS, ROOT, SCRIPTS, clean_environment, fails, run
 
 HEAVY = (
     "torch",
@@ -116,3 +116,23 @@ def test_alias_without_model_name(tmp_path):
     arguments = ("--model_path", "x.pth", "--alias", "production")
     err = run("upload_external_model.py", *arguments, cwd=tmp_path, code=2).err
     assert "--alias needs --model_name" in err
+
+
+@pytest.mark.parametrize(("name", "found"), [("mlflow", "3.16.1"), ("torch", "2.9.1+cu128")])
+def test_package_that_is_too_old(name, found, tmp_path):
+    """Two lines at once; without them, a traceback, and with luck before the training."""
+    folder = tmp_path / "packages" / f"{name}-{found}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {found}\n")
+    path = str(folder.parent)
+    message = fails("train_mnist_mlflow.py", "--dataset", "digits", cwd=tmp_path, PYTHONPATH=path)
+    assert f" or newer is needed, and {found} is installed." in message
+    assert f"error: {name} " in message and "pip install -r requirements.txt" in message
+    run("train_mnist_mlflow.py", "--help", cwd=tmp_path, PYTHONPATH=path)
+
+
+def test_packages_that_are_missing(tmp_path):
+    command = [sys.executable, "-S", str(ROOT / "train_mnist_mlflow.py")]  # -S: no site-packages
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert "error: mlflow 3.17 or newer is needed, and none is installed." in process.stderr
