@@ -3,9 +3,9 @@
     python Modify_artifact_location.py --epochs 5 --phase development --target_path <shared folder>
 
 Metadata goes to the tracking server; the model and the plots are written once, straight to
---target_path. You will see the path of the model's file, what it took to write it, and a JSON
-object as the last line. In the MLflow UI the model has its size and SHA-256 as tags. Needs
-common/cli.py and the rooms connection, runs, storage and training of common/.
+--target_path (the model alone if the server has workspaces). You will see the path of the file,
+what writing it took, and a JSON object as the last line. In the MLflow UI the model has its size
+and SHA-256 as tags. Needs common/cli.py, and of common/ connection, runs, storage, training.
 """
 
 from common import cli
@@ -18,10 +18,8 @@ ALIAS = "production"  # the label that programs load the model by
 def build_parser():
     parser = cli.parser(__doc__)
     cli.add_training_arguments(parser, MODEL_NAME, ALIAS)
-    where = "folder on the shared filesystem, fixed for the experiment by its first run"
-    parser.add_argument(
-        "--target_path", type=cli.not_empty, required=True, metavar="DIR", help=where
-    )
+    use = "folder on the shared filesystem, fixed for the experiment by its first run"
+    parser.add_argument("--target_path", type=cli.not_empty, required=True, metavar="DIR", help=use)
     cli.add_data_arguments(parser)
     cli.add_server_arguments(parser, EXPERIMENT)
     return parser
@@ -46,7 +44,7 @@ def main(argv=None):
     world = training.join()  # one process, unless torchrun, srun or mpiexec has started several
     if world.rank == 0:  # the one that talks to MLflow
         folder = storage.prepare(args.target_path)
-        connection.connect(args.tracking_uri, args.ca_bundle, args.experiment)
+        connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
     with training.in_turn(world):
         train = training.load_data(args.dataset, args.data_dir, train=True)
         test = training.load_data(args.dataset, args.data_dir, train=False)
@@ -55,13 +53,14 @@ def main(argv=None):
     if world.rank == 0:
         storage.check_space(folder, network)
         runs.check_export(network, training.input_example(test.images))  # can it be stored?
-        # [MLflow 13] create_experiment: the only place where an artifact location can be set.
-        # MLflow writes to a file:// location from this machine; the server never sees the files.
-        if mlflow.get_experiment_by_name(args.experiment) is None:
-            runs.patiently(mlflow.create_experiment, args.experiment, folder.as_uri())
-        storage.check_experiment(args.experiment, folder)  # it may have been there before
+        # [MLflow 13] create_experiment: the only place where an artifact location can be set, to
+        # which MLflow writes from here. With workspaces none can be: the model's tags say it then.
+        create = functools.partial(runs.patiently, mlflow.create_experiment)
+        external = storage.place_experiment(args.experiment, folder, create)
         # [MLflow 1] set_experiment: the run joins the others of this one, on the left in the UI.
         experiment = mlflow.set_experiment(args.experiment)
+        if args.register:
+            runs.check_registrable(args.model_name)  # it may be somebody else's
 
     device = training.best_device(args.device, world.local_rank)
     precision = training.best_precision(args.precision, device)
@@ -84,8 +83,7 @@ def main(argv=None):
         return cli.print_result(**checkpoint.result)
 
     # 2. Train and track. Leaving the `with` block ends the run: FINISHED, FAILED or KILLED.
-    # [MLflow 2] start_run: one run is one training, however many jobs it takes. It gets a page with
-    # this name; with run_id, MLflow goes on with a run that is there.
+    # [MLflow 2] start_run: a page of this name; with run_id, MLflow goes on with that run.
     owner = args.owner or runs.user()
     with (
         mlflow.start_run(
@@ -105,16 +103,9 @@ def main(argv=None):
         print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
         print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
-        mlflow.set_tags(
-            {
-                "owner": owner,
-                "project.phase": args.phase,
-                "model.type": "Computer Vision",
-                "model.class": type(network).__name__,
-                **runs.git_tags(__file__),
-                **runs.job_tags(earlier),
-            }
-        )
+        tags = {"owner": owner, "project.phase": args.phase, "model.type": "Computer Vision"}
+        tags |= {"model.class": type(network).__name__}
+        mlflow.set_tags(tags | runs.git_tags(__file__) | runs.job_tags(earlier))
         # [MLflow 4] log_params: what was set before training; the columns to compare runs by.
         mlflow.log_params(params)
         # [MLflow 5] log_input: which data, by name and digest; under "Datasets" on the page.
@@ -152,10 +143,11 @@ def main(argv=None):
         mlflow.log_dict(record, runs.PREDICTIONS)
         discard = functools.partial(storage.remove_unfinished, folder)
         if not runs.ready_model(run, discard):  # else an earlier job has saved it
-            save_model_once(network, test.images, args.epochs)
+            save_model_once(network, test.images, args.epochs, external)
         model_uri = runs.ready_model(run, discard)
         file = storage.of_model(model_uri)
-        storage.open_to_group(storage.path_of(run.info.artifact_uri).parent)
+        if not external:
+            storage.open_to_group(storage.path_of(run.info.artifact_uri).parent)
     result = {"run_id": run_id, "model_uri": model_uri, "model_path": str(file.path)}
     result |= {"train_loss": epoch.train_loss, "val_accuracy": scores.accuracy}
 
@@ -184,23 +176,25 @@ def main(argv=None):
     checkpoint.finish(result)
 
 
-def save_model_once(network, images, step):
-    """Write the model straight to its final folder."""
+def save_model_once(network, images, step, external=None):
+    """Write the model straight to its final folder: MLflow's, or one of the run's in `external`."""
     import mlflow
     import torch
 
     from common import storage, training
 
     example = training.input_example(images)
-    with torch.inference_mode():
-        answer = network(torch.from_numpy(example)).numpy()
-    # [MLflow 14] initialize_logged_model: its id, and with it the folder, before a byte is written.
-    logged = mlflow.initialize_logged_model(name="model")
-    path = storage.path_of(logged.artifact_location)
-    ids = {"run_id": logged.source_run_id, "model_id": logged.model_id}
-    description = mlflow.models.Model(
-        artifact_path=logged.artifact_location, model_uuid=logged.model_id, **ids
-    )
+    answer = network(torch.from_numpy(example)).detach().numpy()
+    run_id = mlflow.active_run().info.run_id
+    if external:
+        path, ids = external / run_id / "artifacts", {}
+        storage.remove_unfinished(external, path.as_uri())  # by an earlier job, unknown to MLflow
+    else:
+        # [MLflow 14] initialize_logged_model: its id, and so the folder, before a byte is written.
+        logged = mlflow.initialize_logged_model(name="model")
+        path = storage.path_of(logged.artifact_location)
+        ids = {"model_id": logged.model_id, "model_uuid": logged.model_id}
+    description = mlflow.models.Model(artifact_path=path.as_uri(), run_id=run_id, **ids)
 
     def save(network):
         # [MLflow 15] save_model: what log_model does, without the upload, and without writing it
@@ -217,11 +211,17 @@ def save_model_once(network, images, step):
     with storage.staged(path) as folder:  # whole, or not at all
         sha256, seconds = storage.write_model(folder, network, save)  # at the disk's speed
     file = storage.recorded(path / storage.MODEL_FILE, sha256)
-    # [MLflow 16] finalize_logged_model: READY, and by log_outputs linked from the run's page.
-    mlflow.set_logged_model_tags(logged.model_id, file.tags)
-    mlflow.log_outputs([mlflow.entities.LoggedModelOutput(logged.model_id, step=step)])
-    mlflow.finalize_logged_model(logged.model_id, "READY")
     print(f"file     {file.path}", flush=True)
+    if external:
+        # [MLflow 17] create_external_model: MLflow keeps no file of it; the tags say where it is.
+        logged = mlflow.create_external_model(name="model", tags=file.tags)
+        print(f"external load_model('{path}') works, 'models:/NAME' does not", flush=True)
+    else:
+        mlflow.set_logged_model_tags(logged.model_id, file.tags)
+    # [MLflow 16] finalize_logged_model: READY, and by log_outputs linked from the run's page.
+    mlflow.log_outputs([mlflow.entities.LoggedModelOutput(logged.model_id, step=step)])
+    if not external:  # else it is READY
+        mlflow.finalize_logged_model(logged.model_id, "READY")
     mlflow.log_metrics(storage.throughput("write", file.size, seconds))
 
 

@@ -54,9 +54,10 @@ def main(argv=None):
     from common import connection, runs, storage, training
 
     # 1. Connect, and find the run, the file of its model and the test set that it was scored on.
-    connection.connect(args.tracking_uri, args.ca_bundle)
+    connection.connect(args.tracking_uri, args.ca_bundle, workspace=args.workspace)
     run = runs.finished_run(args.run_id)
     model_uri = runs.model_uri(run)
+    runs.check_registrable(args.model_name, model_uri)  # either may be somebody else's
     test = training.load_data(runs.recorded_dataset(run, args.dataset), args.data_dir, train=False)
     file = storage.of_model(model_uri)
     print(f"run      {args.run_id}  {run.info.run_name}  {model_uri}", flush=True)

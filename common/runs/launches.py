@@ -41,10 +41,7 @@ def one_run(experiment_id, launch, made=None, needed=False):
 
 
 def one_version(model_name, launch, made=None):
-    """Return the version that this training registered, or None; `made` is a new one.
-
-    Duplicates are deleted.
-    """
+    """Return this training's version, or None; `made` is a new one. Duplicates are deleted."""
     client = mlflow.MlflowClient()
     wanted = f"name = '{model_name}' AND tags.launch = '{launch}'"
     found = client.search_model_versions(wanted)
@@ -59,7 +56,7 @@ def ready_model(run, discard=lambda location: None):
     """Return the address of the model "model" that `run` has logged, or None.
 
     One whose writing was cut off stays as FAILED, after a call of `discard` with its location. One
-    that the run does not name is deleted: MLflow made it because an answer was lost, say.
+    that the run does not name is deleted: an answer was lost, say, or the job ended in between.
     """
     client, run_id = mlflow.MlflowClient(), run.info.run_id
     linked = {output.model_id for output in client.get_run(run_id).outputs.model_outputs}
@@ -67,7 +64,7 @@ def ready_model(run, discard=lambda location: None):
     for model in client.search_logged_models(
         [run.info.experiment_id], f"source_run_id = '{run_id}' AND name = 'model'"
     ):
-        if model.status == "READY":
+        if model.status == "READY" and model.model_id in linked:
             ready = f"models:/{model.model_id}"
             continue
         discard(model.artifact_location)
@@ -79,10 +76,7 @@ def ready_model(run, discard=lambda location: None):
 
 
 def patiently(call, *arguments, **options):
-    """Call a function of MLflow again if another job is making the same row in a database.
-
-    Returns None if it was to make what is there already, by another job or by a lost request.
-    """
+    """Call a function of MLflow again if another job is making the same row; None if it is made."""
     for _ in range(9):
         try:
             return call(*arguments, **options)

@@ -18,10 +18,10 @@ things, leave the other files out, together with their lines below:
 
 from .files import of_alias, of_model, recorded, sha256, throughput, verify
 from .folders import (
-    check_experiment,
     check_space,
     open_to_group,
     path_of,
+    place_experiment,
     prepare,
     remove_unfinished,
     staged,

@@ -15,10 +15,13 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import mlflow
+from mlflow.exceptions import MlflowException
 
 from common.errors import UserError
 
 UNFINISHED = ".unfinished"  # after the name of a folder that is being written
+# MLflow's words where workspaces are on. If they change, its refusal is shown as it comes.
+REFUSED = "artifact_location cannot be specified"
 
 
 def prepare(target_path):
@@ -49,14 +52,37 @@ def check_space(folder, network):
         raise UserError(what, "make room there, or choose another --target_path.")
 
 
-def check_experiment(name, folder):
-    """Raise UserError if the experiment `name` exists with files elsewhere: that cannot change."""
-    experiment = mlflow.get_experiment_by_name(name)
-    location = experiment.artifact_location if experiment else folder.as_uri()
-    local = urlsplit(location).scheme in ("", "file")
-    if not local or os.path.realpath(path_of(location)) != os.path.realpath(folder):
+def place_experiment(name, folder, create):
+    """Have the experiment `name` keep its files in `folder`; `create(name, location)` makes it.
+
+    Returns None, or `folder` if the server, one with workspaces, keeps the files elsewhere and
+    allows no location. Raises UserError if the experiment has another: that cannot change.
+    """
+    home, known, refused = _real(folder.as_uri()), mlflow.get_experiment_by_name(name), False
+    if not known or _real(known.artifact_location) != home:
+        try:
+            create(name, folder.as_uri())  # if it is there: would a location be allowed?
+        except MlflowException as error:
+            refused = REFUSED in str(error)
+            if not (known or refused):
+                raise
+        if refused and not known:
+            create(name)
+        known = mlflow.get_experiment_by_name(name)
+    location = known.artifact_location
+    place = _real(location)
+    if place != home and not refused:
         what = f"the experiment {name!r} keeps its files at {location}, and not at {folder}."
         raise UserError(what, "give --experiment another name, or its --target_path.")
+    if home not in (place, *place.parents):
+        return folder
+    list(_make_missing(place))  # MLflow would make it without the group's bits
+
+
+def _real(location):
+    """Return a `file://` location as a path without symbolic links, and others as they are."""
+    local = urlsplit(location).scheme in ("", "file")
+    return Path(os.path.realpath(path_of(location)) if local else location)
 
 
 def path_of(location):
@@ -97,7 +123,7 @@ def staged(path):
 def remove_unfinished(folder, location):
     """Remove what is left of a model that was to be at `location`, if that is below `folder`."""
     for path in (path_of(location), path_of(f"{location}{UNFINISHED}")):
-        if folder in path.parents:  # the location comes from the server
+        if folder in Path(os.path.abspath(path)).parents:  # the location comes from the server
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.storage import check_space, path_of, prepare, staged
+from common.storage import check_space, path_of, prepare, remove_unfinished, staged
 
 
 def names(folder):
@@ -112,3 +112,13 @@ def test_folder_is_made_and_checked(tmp_path):
 def test_path_of_an_address(tmp_path):
     folder = tmp_path / "with a blank"
     assert path_of(folder.as_uri()) == path_of(str(folder)) == folder
+
+
+def test_nothing_outside_the_folder_is_removed(tmp_path):
+    """The location comes from the server."""
+    own, other = tmp_path / "models" / "m-1", tmp_path / "other"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        remove_unfinished(tmp_path / "models", f"{tmp_path.as_uri()}/models/../other")
+    remove_unfinished(tmp_path / "models", own.as_uri())
+    assert other.is_dir() and not own.exists()

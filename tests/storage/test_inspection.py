@@ -248,11 +248,11 @@ print(len(passed), refused, ran)
 
 
 @pytest.mark.slow
-def test_the_check_survives_2000_random_changes(model_folder, tmp_path):
+def test_the_check_survives_800_random_changes(model_folder, tmp_path):
     """No crash, no code, and the untouched folder still passes."""
     process = subprocess.run(
         [
-            *(sys.executable, "-c", FUZZER, str(model_folder), str(tmp_path / "changed"), "2000"),
+            *(sys.executable, "-c", FUZZER, str(model_folder), str(tmp_path / "changed"), "800"),
             *(str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)),
         ],
         env=clean_environment(MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false"),
@@ -435,7 +435,7 @@ def test_every_script_that_loads_checks_first():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("common/**/*.py")]:
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines):
-            if re.search(r"\bload_model\(", line) and not line.lstrip().startswith("#"):
+            if re.match(r"[^#]*pytorch\.load_model\(", line):
                 block = "\n".join(lines[max(0, number - 3) : number])
                 assert "load_model(folder)" in line and "storage.checked_copy(" in block, path
                 loads += 1
