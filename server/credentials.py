@@ -11,8 +11,10 @@ import contextlib
 import fcntl
 import ipaddress
 import os
+import re
 import secrets
 import signal
+import sys
 
 from processes import need, run
 
@@ -41,7 +43,9 @@ def prepare(folder, host):
         (folder / name).mkdir(exist_ok=True)
         (folder / name).chmod(0o700)  # also if somebody made it, to put a certificate in
     make_certificate(folder, host)
-    if not (folder / "gateway" / "keys.conf").exists():
+    if (folder / "gateway" / "keys.conf").exists():
+        write_maps(folder)  # an earlier version made the folder: its maps knew no bearer tokens
+    else:
         add_key(folder, "admin")
 
 
@@ -81,10 +85,14 @@ def write_maps(folder):
     """Write the two maps that nginx includes, and have a running nginx read them again."""
     maps = {"keys.conf": "", "passwords.conf": ""}
     for path in sorted(keys_of(folder).glob("[!.]*")):
-        key = path.read_text().strip()
+        key = path.read_text(errors="replace").strip() if path.is_file() else ""
+        if not re.fullmatch("[0-9A-Za-z]{16,}", key):  # an empty one would let all in
+            print(f"warning: {path} holds no key, and lets nobody in", file=sys.stderr, flush=True)
+            continue
         basic = base64.b64encode(f"{path.name}:{key}".encode()).decode()
         maps["keys.conf"] += f'"{key}" "{path.name}";\n'
-        maps["passwords.conf"] += f'"Basic {basic}" "{path.name}";\n'
+        for header in (f"Basic {basic}", f"Bearer {key}"):
+            maps["passwords.conf"] += f'"{header}" "{path.name}";\n'
     for file, text in maps.items():
         write_private(folder / "gateway" / file, text)
     try:

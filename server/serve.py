@@ -12,9 +12,11 @@ certificate for the containers of compose.yaml instead, and starts nothing. See 
 import argparse
 import contextlib
 import grp
+import importlib.util
 import os
 import pwd
 import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -36,6 +38,14 @@ MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path",  # HOST/BUCKET: one name, one certificate
 }
+
+# MLflow's own users, of whom owners.py tells it. Without workspaces, the last line says nothing.
+OWNERS = """[mlflow]
+database_uri = {database}
+authorization_function = owners:owner_of_the_key
+default_permission = READ
+grant_default_workspace_access = true
+"""
 
 
 def build_parser():
@@ -65,6 +75,11 @@ def build_parser():
             default=8444,
             help="where clients reach the object store (default: %(default)s)",
         )
+        one.add_argument(
+            "--workspaces",
+            action="store_true",
+            help="MLflow's workspaces: each team sees its own experiments and models",
+        )
     start.add_argument(
         "--listen",
         default="127.0.0.1",
@@ -81,6 +96,12 @@ def build_parser():
         type=matching(r"[\w.-]+:\d{1,5}", "HOST:PORT"),
         metavar="HOST:PORT",
         help="where the S3-compatible object store listens, in plain http: nginx brings the TLS",
+    )
+    start.add_argument(
+        "--owners",
+        action="store_true",
+        help="experiments and models belong to who created them, others may read; "
+        "the key admin may do everything",
     )
     start.add_argument(
         "--workers", type=int, default=2, help="processes of MLflow (default: %(default)s)"
@@ -133,6 +154,7 @@ def main(argv=None):
             "SERVER_PORT": args.port,
             "SERVER_STORE_PORT": args.store_port,
             "SERVER_AUTHORITY": authority(args),
+            "SERVER_WORKSPACES": str(args.workspaces).lower(),
         }
         credentials.write_environments(args.folder, addresses)
     elif args.command == "upgrade":
@@ -144,6 +166,11 @@ def main(argv=None):
 
 
 def start(args):
+    if args.owners and not importlib.util.find_spec("flask_wtf"):
+        raise SystemExit(
+            "error: --owners needs Flask-WTF, which is not installed.\n"
+            "hint:  pip install -r server/requirements.txt"
+        )
     for program in ("nginx", "postgres", "initdb"):
         need(program)
     for port in (args.port, args.store_port):
@@ -288,12 +315,34 @@ def start_mlflow(args, processes):
         *("--cors-allowed-origins", f"https://{authority(args)}"),
     ]
     settings = dict(MLFLOW_SETTINGS)
+    settings |= {"MLFLOW_ENABLE_WORKSPACES": str(args.workspaces).lower()}
     if args.store:
         # MLflow signs addresses for clients and goes to the store itself, by this one address.
         settings |= {"MLFLOW_S3_ENDPOINT_URL": store_uri(args)}
         settings |= {"AWS_CA_BUNDLE": str(args.folder / "ca.pem")}
-    processes.launch("mlflow", command, env=os.environ | settings)
+    environment = os.environ | settings
+    environment.pop("MLFLOW_WORKSPACE", None)  # a client's: MLflow's server refuses it
+    if args.owners:
+        command += ["--app-name", "basic-auth"]
+        environment |= settings_of_owners(args.folder)
+    processes.launch("mlflow", command, env=environment)
     processes.wait_until(lambda: status_of(unix_socket(listening), "/health") == 200)
+
+
+def settings_of_owners(folder):
+    """Users and permissions lie in the same database; no password is kept, or asked for."""
+    path = folder / "run" / "basic_auth.ini"
+    database = database_uri(folder).replace("%", "%%")  # as such a file wants it
+    credentials.write_private(path, OWNERS.format(database=database))
+    others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    return {
+        "PYTHONPATH": os.pathsep.join([str(HERE), *others]),  # where owners.py is
+        "MLFLOW_AUTH_CONFIG_PATH": str(path),
+        "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": secrets.token_hex(32),  # MLflow starts only with one
+        "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),  # of a form that nobody needs
+    }
 
 
 def database_uri(folder):
@@ -316,6 +365,8 @@ def print_exports(args):
     print(f"export MLFLOW_TRACKING_URI=https://{authority(args)}")
     print(f"export MLFLOW_TRACKING_SERVER_CERT_PATH={args.folder}/ca.pem")
     print(f"export AM_SC_API_KEY_FILE={args.folder}/keys/admin")
+    if args.workspaces:
+        print("export MLFLOW_WORKSPACE=default")
     if args.store:  # large files go there by `requests`, which looks at this variable
         print(f"export REQUESTS_CA_BUNDLE={args.folder}/ca.pem")
     print("\nThose are for a client on this machine. Ctrl-C stops the server.", flush=True)

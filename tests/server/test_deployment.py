@@ -5,6 +5,7 @@ The object store is moto: it speaks S3, and keeps nothing.
 
 import contextlib
 import hashlib
+import http.client
 import importlib
 import inspect
 import os
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
@@ -65,10 +67,10 @@ def serve(*arguments, code=0, cwd="/", **variables):
 class Deployment:
     """`serve.py start` as a process. `variables` is what its `export` lines set."""
 
-    def __init__(self, folder, store=None):
+    def __init__(self, folder, store=None, flags=()):
         self.folder = folder
         self.port, self.store_port = free_port(), free_port()
-        self.arguments = ["--port", self.port, "--store_port", self.store_port]
+        self.arguments = ["--port", self.port, "--store_port", self.store_port, *flags]
         if store:
             self.arguments += ["--artifacts", f"s3://{BUCKET}", "--store", store]
         self.process, self.starts = None, 0
@@ -96,7 +98,7 @@ class Deployment:
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                env=clean_environment(**AWS),
+                env=clean_environment(**AWS, MLFLOW_WORKSPACE="of-a-client"),
                 start_new_session=True,
             )
         self.starts += 1
@@ -136,6 +138,12 @@ class Deployment:
         options = {"headers": headers, "verify": self.folder / "ca.pem", "timeout": 60} | options
         return requests.request(method, self.uri + path, **options).status_code
 
+    def ask(self, name, method, path, headers=None, **options):
+        """What MLflow answers the owner of a key; `path` as in "2.0/mlflow/runs/create"."""
+        headers = {"X-Api-Key": self.key(name)} | (headers or {})
+        options = {"verify": self.folder / "ca.pem", "timeout": 60} | options
+        return requests.request(method, f"{self.uri}/api/{path}", headers=headers, **options)
+
     def sql(self, query):
         command = ["psql", "-h", self.folder / "database", "-U", "mlflow", "-d", "mlflow"]
         return subprocess.check_output([*command, "-tAc", query], text=True, cwd="/").strip()
@@ -174,7 +182,7 @@ class Request(NamedTuple):
     method: str
     path: str
     size: int
-    key: str | None  # of the gateway, which should not come along
+    key: str | None  # of the gateway, by whatever header; it should not come along
     signed: bool  # by a presigned address that is valid for this host, path and query
 
 
@@ -193,6 +201,11 @@ def is_signed(environ):
     return signer.signature(text, request) == signature
 
 
+def bearer_token(environ):
+    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    return token if scheme == "Bearer" else None
+
+
 @pytest.fixture(scope="module")
 def store():
     """(a store's HOST:PORT, an S3 client of it, the requests that reach it)."""
@@ -203,7 +216,7 @@ def store():
             environ["REQUEST_METHOD"],
             environ["PATH_INFO"],
             int(environ.get("CONTENT_LENGTH") or 0),
-            environ.get("HTTP_X_API_KEY"),
+            environ.get("HTTP_X_API_KEY") or bearer_token(environ),
             is_signed(environ),
         )
         seen.append(request)
@@ -258,7 +271,12 @@ def test_training_on_the_server(deployment, store, tmp_path):
     assert sum(key.endswith("model.pt2") for key in stored) == 1
     assert list((deployment.folder / "run" / "body").iterdir()) == []
 
-    found = run("scripts/check_connection.py", cwd=tmp_path, **deployment.variables).result
+    # The same key as a bearer token, for those who use the newer convention.
+    token = {"AM_SC_API_KEY_FILE": "", "MLFLOW_TRACKING_TOKEN": deployment.key()}
+    checked = run("scripts/check_connection.py", cwd=tmp_path, **deployment.variables | token)
+    assert "\ncredential  bearer token from MLFLOW_TRACKING_TOKEN\n" in checked.out
+    assert deployment.key() not in checked.out + checked.err
+    found = checked.result
     assert found["body_limit"].startswith("16 MB pass, 17 MB do not")
     assert found["multipart"] == f"works; the parts go to 127.0.0.1:{deployment.store_port}"
     assert seen and {request.key for request in seen} == {None}  # the key stays at the gateway
@@ -295,6 +313,7 @@ def test_every_route_wants_a_key(deployment):
     key = deployment.key()
     for wrong in ("0" * len(key), key[:-1], f"{key}0", "admin", "-", "default", f"{key} {key}"):
         assert deployment.status(key=wrong) == 401, wrong
+        assert deployment.status(headers={"Authorization": f"Bearer {wrong}"}) == 401, wrong
     for header in ("Authorization", "Api-Key", "Cookie"):
         assert deployment.status(headers={header: key}) == 401
     assert deployment.status(path=f"/version?X-Api-Key={'0' * 64}") == 401
@@ -399,9 +418,14 @@ def test_a_large_file_goes_in_parts(deployment, store, tmp_path):
 
     # A client that sends its key to the store as well does no harm: nginx takes it out.
     bucket = deployment.uri.replace(str(deployment.port), str(deployment.store_port))
-    key = {"X-Api-Key": deployment.key()}
-    requests.get(f"{bucket}/{BUCKET}", headers=key, verify=deployment.folder / "ca.pem", timeout=60)
+    headers = {"X-Api-Key": deployment.key(), "Authorization": f"Bearer {deployment.key()}"}
+    where = {"verify": deployment.folder / "ca.pem", "timeout": 60}
+    requests.get(f"{bucket}/{BUCKET}", headers=headers, **where)
     assert seen[-1] == Request("GET", f"/{BUCKET}", 0, key=None, signed=False)
+
+
+# Of the header by which the gateway names the owner of the key; MLflow reads "_" as "-".
+SPELLINGS = ("X-Key-Owner", "x-key-owner", "X_Key_Owner", "X-Key_Owner", "X_KEY_OWNER")
 
 
 def until(condition):
@@ -431,7 +455,9 @@ def test_keys_come_and_go(deployment):
     line = re.compile(r'^\S+ alice \[\S+\] "GET /version" 200 ', re.M)
     until(lambda: line.search(deployment.log("access.log")))  # written after the answer
 
-    # The same key as a password: a browser, and the bare `mlflow` command.
+    # The same key as a bearer token, as the bare `mlflow` command sends it; as a password.
+    bearer = {"headers": {"Authorization": f"Bearer {key}"}}
+    assert deployment.status(**bearer) == 200
     assert deployment.status(path="/", auth=("alice", key), headers={}) == 200
     assert deployment.status(path="/", auth=("admin", key), headers={}) == 401
     # A page of another site cannot use what the browser remembers.
@@ -439,17 +465,27 @@ def test_keys_come_and_go(deployment):
     for origin, answer in ((deployment.uri, 200), ("https://elsewhere.example.org", 403)):
         browser = {"auth": ("alice", key), "headers": {"Origin": origin}}
         assert deployment.status("POST", **search, **browser) == answer
-    login = {"MLFLOW_TRACKING_USERNAME": "alice", "MLFLOW_TRACKING_PASSWORD": key}
-    variables = deployment.variables | login | {"AM_SC_API_KEY_FILE": ""}
+    token = {"AM_SC_API_KEY_FILE": "", "MLFLOW_TRACKING_TOKEN": key}
     command = [sys.executable, "-m", "mlflow", "experiments", "search"]
     listed = subprocess.check_output(
-        command, env=clean_environment(**variables), text=True, cwd="/"
+        command, env=clean_environment(**deployment.variables | token), text=True, cwd="/"
     )
     assert "of an institute" in listed
 
     assert "error: alice has a key" in serve("add-key", "alice", "--folder", folder, code=1).error
-    serve("revoke-key", "alice", "--folder", folder)
+    # What lies beside the keys and is none, lets nobody in and keeps nobody from being shut out.
+    for name, content in (("blank", "\n"), ("any", "~."), ("quoted", 'a" b')):
+        (folder / "keys" / name).write_text(content)
+    (folder / "keys" / "0").mkdir()
+    said = serve("revoke-key", "alice", "--folder", folder)
+    assert said.err.count("holds no key, and lets nobody in") == 4
+    for name in ("blank", "any", "quoted"):
+        (folder / "keys" / name).unlink()
+    (folder / "keys" / "0").rmdir()
     until(lambda: deployment.status(key=key) == 401)
+    assert deployment.status(key="") == deployment.status(key="a" * 64) == 401
+    until(lambda: deployment.status(key=key) == 401)
+    assert deployment.status(**bearer) == 401
     assert deployment.status(path="/", auth=("alice", key), headers={}) == 401
     assert deployment.status(key=deployment.key()) == 200
     assert "there are: admin" in serve("revoke-key", "alice", "--folder", folder, code=1).error
@@ -512,9 +548,11 @@ def test_an_upgrade_keeps_what_is_stored(deployment):
     deployment.stop()
     assert "Updating database tables" in serve("upgrade", "--folder", deployment.folder).out
     assert deployment.processes() == []
+    (deployment.folder / "gateway" / "passwords.conf").write_text("")  # it knew no bearer tokens
     deployment.start()
     path = f"/api/2.0/mlflow/experiments/get?experiment_id={created['experiment_id']}"
-    assert deployment.status(path=path, key=deployment.key()) == 200
+    for name, value in (("X-Api-Key", ""), ("Authorization", "Bearer ")):
+        assert deployment.status(path=path, headers={name: value + deployment.key()}) == 200
 
 
 @pytest.mark.slow
@@ -527,18 +565,194 @@ def test_a_server_without_a_store_and_with_an_institutes_certificate(server_fold
     for blob in certificate.cert_chain_pems:
         blob.write_to_path(gateway / "server.pem", append=True)
     authority.cert_pem.write_to_path(server_folder / "ca.pem")
-    with Deployment(server_folder) as deployment:
+    with Deployment(server_folder, flags=["--workspaces"]) as deployment:
         assert not (server_folder / "ca.key").exists()
         path = "/api/2.0/mlflow-artifacts/artifacts/some/file.txt"
         assert deployment.status("PUT", path, key=deployment.key(), data=b"text") == 200
         assert (server_folder / "artifacts" / "some" / "file.txt").read_bytes() == b"text"
         assert deployment.status(path=path, key=deployment.key()) == 200
         assert "REQUESTS_CA_BUNDLE" not in deployment.printed
+
+        assert deployment.variables["MLFLOW_WORKSPACE"] == "default"
+        headers = {"Authorization": f"Bearer {deployment.key()}"}
+        team = headers | {"X-MLFLOW-WORKSPACE": "team-a"}
+        mlflow, made = "/api/2.0/mlflow/experiments", {"json": {"name": "of a team"}}
+        workspace = {"path": "/api/3.0/mlflow/workspaces", "json": {"name": "team-a"}}
+        assert deployment.status("POST", f"{mlflow}/create", headers=team, **made) == 404
+        assert deployment.status("POST", headers=headers, **workspace) == 201
+        assert deployment.status("POST", f"{mlflow}/create", headers=team, **made) == 200
+        search = f"{mlflow}/get-by-name?experiment_name=of a team"
+        assert deployment.status(path=search, headers=team) == 200
+        assert deployment.status(path=search, headers=headers) == 404
+
         # Another account of the machine gets at nothing but the certificate of the authority.
         names = {"artifacts", "database", "gateway", "keys", "logs", "run"}
         assert {path.name for path in server_folder.iterdir()} == names | {"ca.pem", "lock"}
         for name in names:
             assert (server_folder / name).stat().st_mode & 0o007 == 0, name
+
+
+EXPERIMENTS, MODELS = "2.0/mlflow/experiments", "2.0/mlflow/registered-models"
+RUNS, VERSIONS = "2.0/mlflow/runs/create", "2.0/mlflow/model-versions/create"
+
+
+@pytest.fixture(scope="module")
+def with_owners():
+    flags = ["--workspaces", "--owners"]
+    with short_path() as folder, Deployment(folder / "server", flags=flags) as server:
+        for name in ("ada", "grace", "alice", "array"):
+            serve("add-key", name, "--folder", server.folder)
+        # A page of which MLflow asks nobody's name: the keys are valid, the users not made.
+        until(lambda: server.status(key=server.key("array"), path="/health") == 200)
+        yield server
+
+
+@pytest.mark.slow
+@needs_servers
+def test_what_one_created_another_may_read_only(with_owners):
+    server = with_owners
+
+    def ids(name):
+        """What somebody's first request makes, and a run in it."""
+        made = server.ask(name, "POST", f"{EXPERIMENTS}/create", json={"name": f"of {name}"})
+        experiment = made.json()["experiment_id"]
+        run = server.ask(name, "POST", RUNS, json={"experiment_id": experiment})
+        return experiment, run.json()["run"]["info"]
+
+    experiment, run = ids("ada")
+    of_run = {"name": "ADA", "source": f"{run['artifact_uri']}/model", "run_id": run["run_id"]}
+    file = run["artifact_uri"].replace("mlflow-artifacts:/", "2.0/mlflow-artifacts/artifacts/")
+    assert server.ask("ada", "POST", f"{MODELS}/create", json={"name": "ADA"}).ok
+    writes = [
+        ("POST", RUNS, {"json": {"experiment_id": experiment}}),
+        ("POST", VERSIONS, {"json": of_run}),
+        ("PUT", f"{file}/notes.txt", {"data": b"text"}),
+        ("POST", f"{MODELS}/alias", {"json": {"name": "ADA", "alias": "best", "version": "1"}}),
+        ("POST", f"{EXPERIMENTS}/delete", {"json": {"experiment_id": experiment}}),
+    ]
+    reads = [
+        f"{EXPERIMENTS}/get?experiment_id={experiment}",
+        f"2.0/mlflow/runs/get?run_id={run['run_id']}",
+        f"{MODELS}/get?name=ADA",
+    ]
+
+    def check():
+        for method, path, options in writes:
+            assert server.ask("grace", method, path, **options).status_code == 403, path
+        for path in reads:
+            assert server.ask("grace", "GET", path).status_code == 200, path
+        for name in ("ada", "admin"):  # all but the deletion
+            for method, path, options in writes[:-1]:
+                assert server.ask(name, method, path, **options).status_code == 200, path
+
+    check()
+    ids("grace")  # may make her own
+    # The experiment that was there before belongs to nobody, and the admin can change that.
+    earlier = {"json": {"experiment_id": "0"}}
+    grant = {"username": "grace", "resource_type": "experiment", "resource_id": "0"}
+    assert server.ask("grace", "POST", RUNS, **earlier).status_code == 403
+    path = "3.0/mlflow/users/permissions/grant"
+    for name, code in (("grace", 403), ("admin", 200)):
+        body = grant | {"permission": "EDIT"}
+        assert server.ask(name, "POST", path, json=body).status_code == code
+    assert server.ask("grace", "POST", RUNS, **earlier).status_code == 200
+
+    # Another start, and another key of the same name: the owners are the same.
+    server.stop()
+    for action in ("revoke-key", "add-key"):
+        serve(action, "ada", "--folder", server.folder)
+    server.start()
+    check()
+
+
+@pytest.mark.slow
+@needs_servers
+def test_nobody_becomes_somebody_else(with_owners):
+    server, ada = with_owners, with_owners.key("ada")
+
+    def who(name, headers):
+        user = server.ask(name, "GET", "2.0/mlflow/users/current", headers=headers).json()["user"]
+        return user["username"], user["is_admin"]
+
+    assert who("admin", {}) == ("admin", True)
+    passwords = ("password1234", ada)
+    basic = [requests.auth._basic_auth_str("admin", password) for password in passwords]
+    claims = [{name: "admin"} for name in SPELLINGS]
+    claims += [{name: one} for name in ("Authorization", "X-MLflow-Authorization") for one in basic]
+    claims += [
+        {"Connection": "X-Key-Owner"},
+        {"X-Forwarded-User": "admin"},
+        {"Cookie": "user=admin"},
+    ]
+    for claim in claims:
+        assert who("ada", claim) == ("ada", False), claim
+    for claim in claims:  # and none is a key
+        assert server.status(headers=claim) == 401, claim
+
+    # Neither through MLflow's own pages and calls for users.
+    new = {"username": "eve", "password": "0123456789ab"}
+    for method, path, options in [
+        ("POST", "users/create", {"json": new}),
+        ("POST", "users/create-ui", {"data": new}),
+        ("PATCH", "users/update-admin", {"json": {"username": "ada", "is_admin": True}}),
+        ("PATCH", "users/update-password", {"json": new | {"username": "admin"}}),
+        ("DELETE", "users/delete", {"json": {"username": "admin"}}),
+    ]:
+        assert server.ask("ada", method, f"2.0/mlflow/{path}", **options).status_code == 403, path
+    assert server.status(path="/signup", key=ada) == 403
+    assert server.ask("admin", "POST", "2.0/mlflow/users/create", json=new).ok
+    for auth in ((new["username"], new["password"]), ("admin", "password1234")):
+        assert server.status(auth=auth, headers={}) == 401  # a password opens nothing
+
+    # Past the gateway there is no header, and no way in.
+    named = [(None, 401), ("", 401), ("-", 401), ("ada,admin", 401), ("ada", 200)]
+    for name, code in named:
+        headers = {} if name is None else {"X-Key-Owner": name}
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.sock = serve_module.unix_socket(server.folder / "run" / "mlflow.sock")
+        connection.request("GET", "/api/2.0/mlflow/users/current", headers=headers)
+        assert connection.getresponse().status == code, headers
+        connection.close()
+    assert (server.folder / "run").stat().st_mode & 0o007 == 0
+    assert (server.folder / "run" / "basic_auth.ini").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+@needs_servers
+def test_a_new_key_at_several_workers_at_once(with_owners):
+    server = with_owners
+
+    def create(number):
+        body = {"name": f"job {number}"}
+        return server.ask("array", "POST", f"{EXPERIMENTS}/create", json=body).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(create, range(8))) == [200] * 8
+    assert server.sql("SELECT count(*) FROM users WHERE username = 'array'") == "1"
+
+
+@pytest.mark.slow
+@needs_servers
+def test_a_workspace_is_opened_by_the_admin(with_owners, tmp_path):
+    """By the page's Python, literally."""
+    server = with_owners
+    workspace = {"name": "team-b"}
+    assert server.ask("grace", "POST", "3.0/mlflow/workspaces", json=workspace).status_code == 403
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
+    assert '"alice"' in block and '"team-a"' in block
+    assert server.ask("alice", "GET", "2.0/mlflow/users/current").ok
+
+    team, made = {"X-MLFLOW-WORKSPACE": "team-a"}, {"json": {"name": "of a team"}}
+    token = {"AM_SC_API_KEY_FILE": "", "MLFLOW_TRACKING_TOKEN": server.key()}
+    script = tmp_path / "open_workspace.py"
+    script.write_text(block)
+    run(script, cwd=tmp_path, **server.variables | token)
+    search = f"{EXPERIMENTS}/get-by-name?experiment_name=of the admin"
+    of_admin = {"json": {"name": "of the admin"}}
+    assert server.ask("admin", "POST", f"{EXPERIMENTS}/create", team, **of_admin).ok
+    for name, code in (("grace", 403), ("alice", 200)):
+        assert server.ask(name, "POST", f"{EXPERIMENTS}/create", team, **made).status_code == code
+        assert server.ask(name, "GET", search, team).status_code == code
 
 
 # Without starting anything
@@ -569,8 +783,9 @@ def test_compose_and_native_run_the_same():
     mlflow_options = option_names(COMPOSE["services"]["mlflow"]["command"])
     body = inspect.getsource(serve_module.start_mlflow)
     natively = set(re.findall(r'"(--[a-z-]+)"', body))
-    assert natively - {"--uvicorn-opts"} == mlflow_options - {"--host", "--port"}
-    assert len(natively) == 6
+    only_natively = {"--uvicorn-opts", "--app-name"}
+    assert natively - only_natively == mlflow_options - {"--host", "--port"}
+    assert len(natively) == 7
     settings = environment_of("mlflow")
     assert serve_module.MLFLOW_SETTINGS.items() <= settings.items()
     assert set(settings) - set(serve_module.MLFLOW_SETTINGS) == set(
@@ -595,6 +810,7 @@ def test_compose_publishes_nginx_only_and_holds_no_password(short_folder):
     made = dict(line.split("=", 1) for line in files["compose.env"].read_text().splitlines())
     assert set(made) == variables
     assert made["SERVER_AUTHORITY"] == "mlflow.example.org"
+    assert made["SERVER_WORKSPACES"] == "false"
     asked = {
         Path(service["env_file"]).name: name
         for name, service in COMPOSE["services"].items()
@@ -610,7 +826,8 @@ def test_compose_publishes_nginx_only_and_holds_no_password(short_folder):
     before = files["postgres.env"].read_text()
     serve("prepare", "--folder", one, "--host", "mlflow.example.org", "--port", "443")
     assert files["postgres.env"].read_text() == before  # the database was made with it
-    serve("prepare", "--folder", two)
+    serve("prepare", "--folder", two, "--workspaces")
+    assert "SERVER_WORKSPACES=true\n" in (two / "compose.env").read_text()
     assert (two / "postgres.env").read_text() != before
     chain = ["openssl", "verify", "-x509_strict", "-verify_hostname", "mlflow.example.org"]
     chain += ["-CAfile", one / "ca.pem", one / "gateway" / "server.pem"]
@@ -634,9 +851,10 @@ def test_versions_are_those_of_the_tests():
         for line in (SERVER / "requirements.txt").read_text().splitlines()
         if not line.startswith("#")
     )
-    assert set(pinned) == {"mlflow", "psycopg2-binary", "boto3"}
+    assert set(pinned) == {"mlflow", "psycopg2-binary", "boto3", "Flask-WTF"}
     for_tests = (ROOT / "tests" / "requirements.txt").read_text()
-    assert {"psycopg2-binary", "boto3"} <= set(re.findall(r"^[\w-]+", for_tests, flags=re.M))
+    others = {"psycopg2-binary", "boto3", "flask-wtf"}
+    assert others <= set(re.findall(r"^[\w-]+", for_tests, flags=re.M))
     lowest = re.search(r"^mlflow>=([\d.]+)", (ROOT / "requirements.txt").read_text(), flags=re.M)
     assert tuple(map(int, pinned["mlflow"].split("."))) >= tuple(map(int, lowest[1].split(".")))
     recipe = (SERVER / "Dockerfile").read_text()
@@ -714,6 +932,13 @@ def test_mistakes_are_said_in_a_sentence(arguments, code, message, short_folder)
     assert list(short_folder.iterdir()) == []
 
 
+def test_owners_need_flask_wtf(monkeypatch, server_folder):
+    monkeypatch.setitem(sys.modules, "flask_wtf", None)
+    with pytest.raises(SystemExit, match="Flask-WTF, which is not installed.\nhint:  pip install"):
+        serve_module.main(["start", "--folder", str(server_folder), "--owners"])
+    assert not server_folder.exists()
+
+
 @pytest.mark.slow
 @needs_servers
 def test_what_reaches_mlflow(server_folder):
@@ -742,6 +967,7 @@ def test_what_reaches_mlflow(server_folder):
         thread = threading.Thread(target=upstream.serve_forever, daemon=True)
         thread.start()
         pretended = {"X-Forwarded-For": "10.1.2.3", "X-Forwarded-Proto": "http"}
+        pretended |= dict.fromkeys(SPELLINGS, "somebody")
         for extra in ({"headers": {"X-Api-Key": key} | pretended}, {"auth": ("admin", key)}):
             url, ca_bundle = f"https://127.0.0.1:{args.port}/a%20b?c=d", server_folder / "ca.pem"
             answer = requests.get(url, verify=ca_bundle, timeout=60, **extra)
@@ -752,6 +978,7 @@ def test_what_reaches_mlflow(server_folder):
             assert environ["HTTP_HOST"] == f"127.0.0.1:{args.port}"
             assert environ["HTTP_X_FORWARDED_FOR"] == "127.0.0.1"
             assert environ["HTTP_X_FORWARDED_PROTO"] == "https"
+            assert environ["HTTP_X_KEY_OWNER"] == "admin"
             assert (environ["PATH_INFO"], environ["QUERY_STRING"]) == ("/a b", "c=d")
         upstream.shutdown()
         thread.join()
