@@ -12,6 +12,7 @@
 #     ~/mlflow-venv/bin/pip install -r requirements.txt
 #     ~/mlflow-venv/bin/python -c "from torchvision.datasets import MNIST; MNIST('$SCRATCH', download=True)"
 #     install -m 600 /dev/stdin ~/.amsc_key               # paste the key, Enter, Ctrl-D
+#     install -D -m 600 /dev/stdin ~/.amsc/mlflow_token   # or the token, for a server that takes one
 #
 #SBATCH --job-name=mnist
 #SBATCH --account=<project>
@@ -41,6 +42,10 @@ CHECKPOINT="$SCRATCH/checkpoints/$SLURM_JOB_ID" # where the job goes on when it 
 # The key, in a file that only you may read. Without it the job ends at once: delete this line if you
 # want none, for a local store or a server that asks for none.
 export AM_SC_API_KEY_FILE="${AM_SC_API_KEY_FILE:-$HOME/.amsc_key}"
+# AmSC's newer servers take a token: use these lines instead, and --model_name MNIST_CNN_$USER.
+# export MLFLOW_TRACKING_TOKEN_FILE="$HOME/.amsc/mlflow_token" MLFLOW_WORKSPACE=default
+# export MLFLOW_TRACKING_URI=https://mlflow-staging.american-science-cloud.org
+# export MLFLOW_EXPERIMENT_NAME="mnist_cnn_pytorch_$USER"
 
 # The processes meet over the fast network. The compute nodes reach the tracking server directly.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-hsn}"

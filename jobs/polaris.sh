@@ -13,6 +13,7 @@
 #     ~/mlflow-venv/bin/pip install -r requirements.txt
 #     ~/mlflow-venv/bin/python -c "from torchvision.datasets import MNIST; MNIST('<scratch>', download=True)"
 #     install -m 600 /dev/stdin ~/.amsc_key               # paste the key, Enter, Ctrl-D
+#     install -D -m 600 /dev/stdin ~/.amsc/mlflow_token   # or the token, for a server that takes one
 #
 #PBS -N mnist
 #PBS -A <project>
@@ -43,6 +44,10 @@ export no_proxy=localhost,127.0.0.1,.alcf.anl.gov
 # The key, in a file that only you may read. Without it the job ends at once: delete this line if you
 # want none, for a local store or a server that asks for none.
 export AM_SC_API_KEY_FILE="${AM_SC_API_KEY_FILE:-$HOME/.amsc_key}"
+# AmSC's newer servers take a token: use these lines instead, and --model_name MNIST_CNN_$USER.
+# export MLFLOW_TRACKING_TOKEN_FILE="$HOME/.amsc/mlflow_token" MLFLOW_WORKSPACE=default
+# export MLFLOW_TRACKING_URI=https://mlflow-staging.american-science-cloud.org
+# export MLFLOW_EXPERIMENT_NAME="mnist_cnn_pytorch_$USER"
 
 # The processes meet over the fast network.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-hsn}"

@@ -11,6 +11,7 @@
 #     ~/mlflow-venv/bin/pip install -r requirements.txt
 #     ~/mlflow-venv/bin/python -c "from torchvision.datasets import MNIST; MNIST('<scratch>', download=True)"
 #     install -m 600 /dev/stdin ~/.amsc_key               # paste the key, Enter, Ctrl-D
+#     install -D -m 600 /dev/stdin ~/.amsc/mlflow_token   # or the token, for a server that takes one
 #
 #SBATCH --job-name=mnist
 #SBATCH --account=<project>
@@ -39,6 +40,10 @@ CHECKPOINT="<scratch>/checkpoints/$SLURM_JOB_ID" # where the job goes on when it
 # The key, in a file that only you may read. Without it the job ends at once: delete this line if you
 # want none, for a local store or a server that asks for none.
 export AM_SC_API_KEY_FILE="${AM_SC_API_KEY_FILE:-$HOME/.amsc_key}"
+# AmSC's newer servers take a token: use these lines instead, and --model_name MNIST_CNN_$USER.
+# export MLFLOW_TRACKING_TOKEN_FILE="$HOME/.amsc/mlflow_token" MLFLOW_WORKSPACE=default
+# export MLFLOW_TRACKING_URI=https://mlflow-staging.american-science-cloud.org
+# export MLFLOW_EXPERIMENT_NAME="mnist_cnn_pytorch_$USER"
 
 export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
 # Keep freed memory for the next step: a fifth faster on a CPU. With glibc, set both or neither.

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import mlflow
 import pytest
 from conftest import (
     FURTHER_SCRIPTS,
@@ -21,7 +22,10 @@ from conftest import (
     serving,
     write_mnist,
 )
+from gateway import jwt
 
+from common.connection import credential
+from common.connection.address import AMSC_TOKEN_URIS
 from common.connection.failures import LATER, MESSAGES
 from common.errors import TRY_AGAIN, UserError
 from scripts import check_connection
@@ -128,7 +132,7 @@ class Reader:
 
     def __init__(self, folder, variables, stack):
         self.folder, self.stack = folder, stack
-        self.environment = clean_environment(HOME=str(folder), **variables)
+        self.environment = clean_environment(HOME=str(folder), USER="8cf", **variables)
         self.run_ids = {}
         self.port = free_port()
 
@@ -271,9 +275,9 @@ def test_docstring_commands_have_flags_that_exist(script):
 def flags_in(text):
     """{flag: default} in tables, `| --flag | default |`, and in sentences, `--flag` (default)."""
     found = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", text, flags=re.MULTILINE))
-    in_text = r"`(--\w+)`(?: and `(--\w+)`)?\s\(((?:[^()]|\([^()]*\))+)\)"
-    for flag, other, default in re.findall(in_text, text):
-        found |= dict.fromkeys(filter(None, (flag, other)), re.split("[;,]", default)[0])
+    in_text = r"((?:`--\w+`(?:, | and ))*`--\w+`)\s\(((?:[^()]|\([^()]*\))+)\)"
+    for flags, default in re.findall(in_text, text):
+        found |= dict.fromkeys(re.findall(r"--\w+", flags), re.split("[;,]", default)[0])
     return {flag: default.strip("`") for flag, default in found.items()}
 
 
@@ -288,7 +292,7 @@ def default_of(action):
     return {str(action.default)}
 
 
-SHARED = {"--tracking_uri", "--ca_bundle", "--dataset", "--data_dir"}
+SHARED = {"--tracking_uri", "--workspace", "--ca_bundle", "--dataset", "--data_dir"}
 SECTIONS = {
     "train_mnist_mlflow.py": ["Train, track, register"],
     "register_and_inference.py": ["Register a finished run"],
@@ -320,6 +324,19 @@ def test_flags_and_defaults_are_those_of_the_parser(script):
     assert set(documented) == set(actions)
     for flag, default in documented.items():
         assert default in default_of(actions[flag]), flag
+
+
+def test_the_line_tracking_with_a_token(monkeypatch):
+    """As "Connect" quotes it, for the variables that it says to export."""
+    text = section("README.md", "Connect")
+    exported = dict(re.findall(r'(MLFLOW_\w+)="([^"]+)"', text))
+    assert exported["MLFLOW_TRACKING_URI"] == AMSC_TOKEN_URIS[0]
+    (words,) = re.findall(r"`(bearer token from .*?); workspace (?:.*?)`", text)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", jwt())
+    mlflow.set_tracking_uri(exported["MLFLOW_TRACKING_URI"])
+    date = r"\d{4}(-\d\d){2} \d\d:\d\d [+\w]+"
+    assert re.sub(date, "DATE", credential()) == re.sub(date, "DATE", words)
+    assert f"{words}; workspace {exported['MLFLOW_WORKSPACE']}`" in text
 
 
 # Messages
@@ -382,6 +399,7 @@ PASSED_ON = ("common/connection/failures.py", "common/connection/tls.py", "check
 
 def test_troubleshooting_quotes_real_messages():
     texts = [text for tree in sources().values() for text in Strings.of(tree)]
+    texts += [text.replace("{}", kind, 1) for text in texts for kind in ("key", "token")]
     assert quoted()
     for fragment in quoted():
         assert any(fragment in text for text in texts), fragment

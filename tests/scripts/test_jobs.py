@@ -9,6 +9,9 @@ import sys
 import mlflow
 import pytest
 from conftest import KEY, ROOT, clean_environment
+from modes import TOKENS
+
+from common.connection.address import AMSC_TOKEN_URIS
 
 JOBS = {path.name: path for path in sorted((ROOT / "jobs").glob("*.sh"))}
 PLACEHOLDERS = {
@@ -133,13 +136,13 @@ def submit(tmp_path, mnist_dir):
     for command in commands.iterdir():
         command.chmod(0o755)
 
-    def submit(name, *arguments, mode=0o600, events=""):
+    def submit(name, *arguments, mode=0o600, events="", edit=str):
         shutil.copytree(ROOT / "jobs", project / "jobs", dirs_exist_ok=True)
         job = project / "jobs" / name
         text = re.sub("PER_NODE=(4|12) ", "PER_NODE=2 ", job.read_text()).replace("< 20", "< 2")
         for placeholder, value in {**PLACEHOLDERS, "<scratch>": str(scratch)}.items():
             text = text.replace(placeholder, value)
-        job.write_text(text)
+        job.write_text(edit(text))
         environment = clean_environment(
             HOME=str(home),
             SCRATCH=str(scratch),
@@ -152,6 +155,9 @@ def submit(tmp_path, mnist_dir):
         key_file = home / ".amsc_key"
         key_file.write_text(KEY)
         key_file.chmod(mode)
+        (home / ".amsc").mkdir(exist_ok=True)
+        (home / ".amsc" / "mlflow_token").write_text(TOKENS["ada"])
+        (home / ".amsc" / "mlflow_token").chmod(mode)
         typed = re.search(r"^# +((?:sbatch|qsub) .*?) --epochs", text, re.M)[1]
         if typed.startswith("sbatch"):
             typed = typed.replace("sbatch", "sbatch --nodes=1 --ntasks-per-node=2")
@@ -223,6 +229,43 @@ def test_a_failure_fails_the_job(submit):
     assert code
     assert log.count("error: ") == 1 and "is open to others than its owner" in log, log
     assert KEY not in log
+
+
+KEY_LINES = re.compile(
+    r"^export AM_SC_API_KEY_FILE=.*\n# .* take a token: .*\n((?:# .*\n){3})", re.M
+)
+
+
+def with_a_token(text):
+    """What the comment in a job file says: the lines in it in place of the one above."""
+    return KEY_LINES.sub(lambda found: re.sub("^# ", "", found[1], flags=re.M), text)
+
+
+def test_the_lines_for_a_token_are_the_same_everywhere():
+    (lines,) = {KEY_LINES.search(path.read_text())[1] for path in JOBS.values()}
+    names = re.findall(r"(\w+)=", lines)
+    assert names == [
+        *("MLFLOW_TRACKING_TOKEN_FILE", "MLFLOW_WORKSPACE"),
+        *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
+    ]
+    assert re.search("URI=(.*)", lines)[1] in AMSC_TOKEN_URIS
+
+
+@pytest.mark.slow
+def test_with_a_token_and_a_workspace(submit, institute):
+    with institute.gateway() as gateway:
+        code, log, _ = submit(
+            "slurm.sh",
+            *("--dataset", "digits", "--register", "--model_name", "MNIST_CNN_8cf"),
+            edit=lambda text: with_a_token(text).replace(AMSC_TOKEN_URIS[0], gateway.uri),
+        )
+    assert code == 0, log
+    words = "bearer token from MLFLOW_TRACKING_TOKEN_FILE valid until [^;]*; workspace default"
+    assert re.search(words, log) and "  experiment mnist_cnn_pytorch_8cf  " in log, log
+    sent = {request.headers.get("authorization") for request in gateway.requests}
+    assert sent == {f"Bearer {TOKENS['ada']}"}
+    assert not [request for request in gateway.requests if "x-api-key" in request.headers]
+    assert {request.headers["x-mlflow-workspace"] for request in gateway.requests} == {"default"}
 
 
 @pytest.mark.slow
