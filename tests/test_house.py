@@ -81,7 +81,7 @@ def test_a_room_alone_can_be_imported(room, tmp_path):
 
 
 def test_budgets():
-    assert sum(map(length, MODULES)) < 3220
+    assert sum(map(length, MODULES)) < 3500
     assert {str(path): length(path) for path in MODULES if length(path) >= 200} == {}
     assert {name: length(ROOT / name) for name in SCRIPTS if length(ROOT / name) >= 230} == {}
 
@@ -167,7 +167,7 @@ LESSON = (
     r"target_path|folder|storage\.|save_model_once|model_path|map_weights|file\.tags|\bfile\b|"
     r"create_experiment|get_experiment_by_name|EXPERIMENT =|log_model|load_model|"
     r"checked_copy|ready_model|import functools|^tags = {'launch': |check_predictions|"
-    r"register_model|model_uri|points at the path"
+    r"register_model|model_uri|points at the path|external"
 )
 
 
@@ -199,11 +199,13 @@ PRIVATE = {
     r"torch\._export\b": "common/storage/program.py",  # the schema of the JSON in them
     r"torch\._subclasses\b": "common/storage/writing.py",  # tensors without content
     r"request_auth import registry|_provider_registry": "common/connection/undocumented.py",
+    r"cannot be specified": "common/storage/folders.py",  # MLflow's words where workspaces are on
     r"_MLFLOW_SERVER_ARTIFACT_ROOT": "common/connection/undocumented.py",
     r"valid JSON format|Failed to \(\?:": "common/connection/undocumented.py",  # MLflow's words
     r"from mlflow import cli|mlflow\.cli\b": "common/connection/__main__.py",
     r"get_capabilities": "common/training/device.py",
-    r"mlflow\.utils\.|mlflow\.store\.": "scripts/probes.py",  # the requests that it times
+    r"mlflow\.utils\.": "common/connection/undocumented.py",  # a request by hand
+    r"mlflow\.store\.": "scripts/probes.py",  # the parts of a file that it sends
 }
 
 

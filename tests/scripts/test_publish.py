@@ -340,7 +340,7 @@ def test_versions_and_an_alias_come_along_when_asked(offline, target):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(offline, target, tmp_path):
+def test_killed_at_random_moments(offline, target, tmp_path):
     """SIGKILL at random moments; whenever all is there, it begins anew in another experiment."""
     random_delays, names, kills = random.Random(14), ["whole", "kills 1"], 0
     local = [run for run in offline.runs("own code").values() if run.info.end_time]
@@ -355,7 +355,7 @@ def test_killed_twenty_times(offline, target, tmp_path):
         versions = target.client.search_model_versions("name = 'OWN'")
         return len(ended) == len(local) and not ended.isdisjoint(v.run_id for v in versions)
 
-    while kills < int(os.environ.get("KILLS", 20)):
+    while kills < int(os.environ.get("KILLS", 10)):
         delay = random_delays.uniform(0, duration)
         ended = target.session.type(
             f"{publish} '{names[-1]}'",
