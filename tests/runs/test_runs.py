@@ -82,7 +82,10 @@ with mlflow.start_run(experiment_id="0"), runs.always_ended():
 """
 
 
-@pytest.mark.parametrize("statement", ["SELECT", "INSERT", "UPDATE"])
+SLOW = [pytest.param(verb, marks=pytest.mark.slow) for verb in ("SELECT", "INSERT")]
+
+
+@pytest.mark.parametrize("statement", ["UPDATE", *SLOW])
 def test_signal_amid_a_statement_of_sql(statement, tmp_path):
     """What it interrupts holds SQLite's lock, and the end of the run needs that lock."""
     done = run_text(AMID_SQL, statement, cwd=tmp_path)
