@@ -110,7 +110,7 @@ def name_of(subject_or_issuer):
     return ", ".join(filter(None, (attributes.get("CN"), attributes.get("O")))) or "no name"
 
 
-def answers(uri, count=5):
+def answers(count=5):
     """Ask for an experiment `count` times, and return (median seconds, the server's clock's lead).
 
     The lead is in seconds, to within one, or None if the server does not tell its time.
@@ -118,9 +118,9 @@ def answers(uri, count=5):
     path, seconds, lead = "/api/2.0/mlflow/experiments/search", [], None
     for _ in range(count):
         start = time.time()
-        response = connection.request(path, "POST", json={"max_results": 1}, timeout=10)
+        order = {"json": {"max_results": 1}, "timeout": 10}
+        response = connection.request(path, "POST", checked=True, **order)
         seconds.append(time.time() - start)
-        response.raise_for_status()
         if told := response.headers.get("Date"):
             # Whole seconds, cut off: half a second is added.
             lead = parsedate_to_datetime(told).timestamp() + 0.5 - (start + seconds[-1] / 2)

@@ -6,7 +6,7 @@ import mlflow
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking.request_auth import registry
 from mlflow.utils.credentials import get_default_host_creds
-from mlflow.utils.rest_utils import http_request
+from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 # The variable that says where a database store keeps the artifacts of new experiments: this is how
 # `mlflow server` tells its own processes. A version that does not look here uses ./mlruns.
@@ -72,17 +72,17 @@ def wants_direct_uploads():
     return re.search(r'"artifacts_presigned_only": ?true', _text_at("/api/3.0/mlflow/server-info"))
 
 
-def request(path, method, **arguments):
-    """Send a request as MLflow does, for what has no public call.
-
-    If these two functions of MLflow go, so do the questions above and those of check_connection.py.
-    """
+def request(path, method, checked=False, **arguments):
+    """Send a request that has no public call as MLflow does; if `checked`, raise what it raises."""
+    # If these functions of MLflow go, so do the questions here, and those of check_connection.py.
     creds = get_default_host_creds(mlflow.get_tracking_uri())
-    return http_request(creds, path, method, **arguments)
+    response = http_request(creds, path, method, **arguments)
+    return verify_rest_response(response, path) if checked else response
 
 
 def _text_at(path):
     try:
-        return request(path, "GET", timeout=5, max_retries=0).text
+        response = request(path, "GET", timeout=5, max_retries=0)
     except MlflowException:
         return ""
+    return response.text if response.ok else ""

@@ -52,9 +52,14 @@ def large():
         yield folder, target, trained
 
 
+def store_of(folder):
+    """The local store of whoever trains in the folder `work` of this one."""
+    return f"sqlite:///{folder / 'work' / 'mlflow.db'}"
+
+
 @pytest.fixture
 def client(large):
-    return mlflow.MlflowClient(f"sqlite:///{large[0]}/work/mlflow.db")
+    return mlflow.MlflowClient(store_of(large[0]))
 
 
 def files(folder):
@@ -215,7 +220,7 @@ def test_file_that_is_no_longer_the_one_recorded(kind, large):
         path.write_bytes(content)
         path.chmod(0o640)
     assert message in finished.error and recorded in finished.error
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/work/mlflow.db")
+    client = mlflow.MlflowClient(store_of(folder))
     assert client.search_model_versions("name = 'NEVER'") == []
 
 
@@ -254,7 +259,7 @@ print(mlflow.pyfunc.load_model("models:/PLAIN@production").predict(
 
 def test_plain_mlflow_loads_the_same_version(large, client, tmp_path):
     """As anyone would who knows MLflow and not this project, and allows no pickle."""
-    store = f"sqlite:///{large[0]}/work/mlflow.db"
+    store = store_of(large[0])
     mlflow.set_tracking_uri(store)
     try:
         version = mlflow.register_model(large[2].result["model_uri"], "PLAIN")
