@@ -9,14 +9,19 @@ ca.pem, ca.key       the private authority that signed server.pem
 import base64
 import contextlib
 import fcntl
+import http.client
 import ipaddress
 import os
 import re
 import secrets
 import signal
 import sys
+import time
 
-from processes import need, run
+from processes import need, run, status_of, tls_socket
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._@-]{0,31}"  # inside/owners.py has it, too
+KEY = "[0-9a-f]{64}"  # secrets.token_hex(32)
 
 CERTIFICATES = """
 [req]
@@ -38,37 +43,57 @@ subjectAltName = {names}
 
 def prepare(folder, host):
     """Make the folders, the certificate and the first key; leave alone what is there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if (mode := folder.stat().st_mode) & 0o022:  # whoever writes in it could exchange all
+        folder.chmod(mode & ~0o022)
     for name in ("keys", "gateway"):
         (folder / name).mkdir(exist_ok=True)
         (folder / name).chmod(0o700)  # also if somebody made it, to put a certificate in
     make_certificate(folder, host)
-    if (folder / "gateway" / "keys.conf").exists():
-        write_maps(folder)  # an earlier version made the folder: its maps knew no bearer tokens
+    keys = keys_in(folder)
+    if keys or (folder / "gateway" / "keys.conf").exists():
+        write_maps(folder, keys)  # those of an earlier version knew no bearer tokens
     else:
         add_key(folder, "admin")
 
 
 def add_key(folder, name):
     path = keys_of(folder) / name
-    if path.exists():
-        raise SystemExit(
-            f"error: {name} has a key already, in {path}.\n"
-            "hint:  revoke-key first, if it is to be replaced."
-        )
-    write_private(path, secrets.token_hex(32) + "\n")
-    write_maps(folder)
+    with changing(folder):
+        if os.path.lexists(path):
+            raise SystemExit(
+                f"error: {name} has a key already, in {path}.\n"
+                "hint:  revoke-key first, if it is to be replaced."
+            )
+        keys = keys_in(folder)
+        key = secrets.token_hex(32)
+        write_maps(folder, keys | {name: key})
+        write_private(path, key + "\n")
+        try:
+            tried(folder, name, key, lambda status: status != 401)
+        except SystemExit:
+            path.unlink()  # nobody has seen it
+            write_maps(folder, keys)
+            raise
     print(f"key      {path}  (hand it over; it is printed nowhere)", flush=True)
 
 
 def revoke_key(folder, name):
-    path = keys_of(folder) / name
-    if not path.exists():
-        there = ", ".join(sorted(key.name for key in path.parent.glob("[!.]*"))) or "none"
-        raise SystemExit(f"error: {name} has no key in {path.parent}.\nhint:  there are: {there}")
-    path.unlink()
-    write_maps(folder)
-    print(f"revoked  {name}", flush=True)
+    """Take the key out of the maps, see that it is refused, and only then forget it."""
+    with changing(folder):
+        keys = keys_in(folder)
+        key = keys.pop(name, None)
+        if not key:
+            there = ", ".join(keys) or "none"
+            raise SystemExit(
+                f"error: {name} has no key in {folder / 'keys'}.\nhint:  there are: {there}"
+            )
+        write_maps(folder, keys)
+        refused = tried(folder, name, key, lambda status: status == 401)
+        (folder / "keys" / name).unlink()
+    print(f"revoked  {name}" + ("  nginx refuses it" if refused else ""), flush=True)
+    if not refused and (folder / "compose.env").exists():
+        print("containers let it in until their nginx reads the keys again: nginx -s reload")
 
 
 def keys_of(folder):
@@ -81,42 +106,97 @@ def keys_of(folder):
     return keys
 
 
-def write_maps(folder):
-    """Write the two maps that nginx includes, and have a running nginx read them again."""
-    maps = {"keys.conf": "", "passwords.conf": ""}
+def keys_in(folder):
+    """{owner: key}: what add_key made. Anything else in there lets nobody in."""
+    found = {}
     for path in sorted(keys_of(folder).glob("[!.]*")):
-        key = path.read_text(errors="replace").strip() if path.is_file() else ""
-        if not re.fullmatch("[0-9A-Za-z]{16,}", key):  # an empty one would let all in
-            print(f"warning: {path} holds no key, and lets nobody in", file=sys.stderr, flush=True)
-            continue
-        basic = base64.b64encode(f"{path.name}:{key}".encode()).decode()
-        maps["keys.conf"] += f'"{key}" "{path.name}";\n'
+        plain = path.is_file() and not path.is_symlink()
+        key = path.read_text(errors="replace").strip() if plain else ""
+        if re.fullmatch(NAME, path.name) and re.fullmatch(KEY, key) and key not in found.values():
+            found[path.name] = key
+        else:
+            print(f"warning: {path} is no key, and lets nobody in", file=sys.stderr, flush=True)
+    return found
+
+
+def write_maps(folder, keys):
+    """Write the two maps that nginx includes."""
+    maps = {"keys.conf": "", "passwords.conf": ""}
+    for name, key in keys.items():
+        basic = base64.b64encode(f"{name}:{key}".encode()).decode()
+        maps["keys.conf"] += f'"{key}" "{name}";\n'
         for header in (f"Basic {basic}", f"Bearer {key}"):
-            maps["passwords.conf"] += f'"{header}" "{path.name}";\n'
+            maps["passwords.conf"] += f'"{header}" "{name}";\n'
     for file, text in maps.items():
         write_private(folder / "gateway" / file, text)
+
+
+def tried(folder, name, key, right):
+    """Have a running nginx read the maps again, and try the key until the answer is `right`.
+
+    Returns False if nothing of a server of this machine runs in the folder.
+    """
     try:
         with locked(folder):
-            return  # no server of this machine runs in the folder
+            return False
     except BlockingIOError:
-        with contextlib.suppress(FileNotFoundError):  # it is about to start, or to end
-            os.kill(int((folder / "run" / "nginx.pid").read_text()), signal.SIGHUP)
+        answers, deadline = 0, time.monotonic() + 10
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+        os.kill(int((folder / "run" / "nginx.pid").read_text()), signal.SIGHUP)
+        listen = re.search(r"listen (\S+):(\d+) ssl;", (folder / "run" / "nginx.conf").read_text())
+        address = ("127.0.0.1" if listen[1] == "0.0.0.0" else listen[1], int(listen[2]))
+        while time.monotonic() < deadline:
+            try:
+                status = status_of(tls_socket(*address), "/health", {"X-Api-Key": key})
+                answers = answers + 1 if right(status) else 0
+            except (OSError, http.client.HTTPException):
+                answers = 0
+            if answers == 5:  # for a moment, processes that know the earlier keys answer as well
+                return True
+            time.sleep(0.1)
+    raise SystemExit(
+        f"error: nginx has not read the keys again; what it knew of {name} may still hold.\n"
+        f"hint:  see {folder / 'logs' / 'error.log'}. If the server is just starting or stopping, "
+        "try again."
+    )
 
 
 def write_private(path, text):
     """Write a file that only its owner reads, whole or not at all."""
     new = path.with_name(f".{path.name}.new")
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with open(private(new), "r+") as file:
+        file.truncate(0)
         file.write(text)
     new.replace(path)
 
 
+def private(path):
+    """A descriptor of a file that its folder's owner alone may open, also if root makes it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    os.fchmod(descriptor, 0o600)
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    return descriptor
+
+
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the folder's lock; BlockingIOError if a running server holds it."""
-    with (folder / "lock").open("w") as file:
+    """Hold the folder's lock; BlockingIOError if a server, or what is left of it, holds it."""
+    with open(private(folder / "lock"), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file
+
+
+@contextlib.contextmanager
+def changing(folder):
+    """Wait for others that add and revoke keys: each writes the maps from what it has read."""
+    keys = os.open(keys_of(folder), os.O_RDONLY)
+    try:
+        fcntl.flock(keys, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(keys)
 
 
 def make_certificate(folder, host):

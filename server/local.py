@@ -12,14 +12,19 @@ machine only: for colleagues, see serve.py.
 
 import argparse
 import contextlib
-import fcntl
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from processes import Processes, check_port, end, http_status
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+from processes import Processes, check_port, end, http_status, port_number
 
 STORE = "sqlite:///mlflow.db"  # what the scripts use without a server, so the runs are the same
 ARTIFACTS = "./mlruns"
@@ -59,12 +64,20 @@ def build_parser():
     )
     stop = commands.add_parser("stop", help="stop the server", allow_abbrev=False)
     for one in (start, stop):
-        one.add_argument("--port", type=int, default=5000, help="(default: %(default)s)")
+        one.add_argument("--port", type=port_number, default=5000, help="(default: %(default)s)")
     return parser
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if not fcntl:
+        what = "in its window, Ctrl-C ends MLflow's server."
+        if args.command == "start":
+            what = "in a window of its own, which Ctrl-C ends: "
+            what += subprocess.list2cmdline(["python", *mlflow_server(args)])
+        raise SystemExit(
+            f"error: Windows cannot keep a server in the background for local.py.\nhint:  {what}"
+        )
     with contextlib.suppress(KeyboardInterrupt):
         (start if args.command == "start" else stop)(args)
 
@@ -74,9 +87,22 @@ def pid_file(port):
     return Path(f"mlflow-server-{port}.pid").absolute()
 
 
+def mlflow_server(args):
+    # --artifacts-destination in place of the guides' --default-artifact-root: with that one,
+    # each client would write to the path itself, on whatever machine it runs.
+    return [
+        *("-m", "mlflow", "server"),
+        *("--backend-store-uri", args.backend_store_uri),
+        *("--artifacts-destination", args.default_artifact_root),
+        *("--host", args.host, "--port", str(args.port), "--workers", "1"),
+        *(("--allowed-hosts", args.allowed_hosts) if args.allowed_hosts else ()),
+    ]
+
+
 def start(args):
     path, name = pid_file(args.port), f"mlflow-server-{args.port}"
-    with path.open("a+") as file:
+    # Nobody else opens it: who can, can hold the lock.
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
         # Whoever holds the lock runs: the server inherits it. A pid alone may be another's by now.
         if not locked(file):
             raise SystemExit(
@@ -90,20 +116,12 @@ def start(args):
                 "change and delete everything. server/serve.py asks for one.",
                 file=sys.stderr,
             )
-        # --artifacts-destination in place of the guides' --default-artifact-root: with that one,
-        # each client would write to the path itself, on whatever machine it runs.
-        command = [
-            *(sys.executable, "-m", "mlflow", "server"),
-            *("--backend-store-uri", args.backend_store_uri),
-            *("--artifacts-destination", args.default_artifact_root),
-            *("--host", args.host, "--port", args.port, "--workers", 1),
-            *(("--allowed-hosts", args.allowed_hosts) if args.allowed_hosts else ()),
-        ]
+        command = [sys.executable, *mlflow_server(args)]
         environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen idle processes
         with contextlib.ExitStack() as stack:
             stack.callback(path.unlink)
-            processes = stack.enter_context(Processes(Path.cwd(), Path.cwd()))
-            processes.launch(name, command, env=environment | os.environ, pass_fds=[file.fileno()])
+            processes = stack.enter_context(Processes(Path.cwd(), Path.cwd(), file))
+            processes.launch(name, command, stays=True, env=environment | os.environ)
             (process, _) = processes.running[name]
             file.truncate(0)
             print(process.pid, file=file, flush=True)
@@ -124,7 +142,7 @@ def stop(args):
             if locked(file) or not pid:
                 raise FileNotFoundError
             end(SimpleNamespace(pid=pid, poll=lambda: None), signal.SIGTERM)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         path.unlink(missing_ok=True)
         raise SystemExit(
             f"error: no server on port {args.port} was started from this folder.\n"

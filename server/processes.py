@@ -1,8 +1,11 @@
 """Programs of the server: find them, run them, wait until they answer, stop them."""
 
+import argparse
 import contextlib
+import ctypes
 import http.client
 import os
+import re
 import shutil
 import signal
 import socket
@@ -37,6 +40,39 @@ def run(command, **options):
     return printed.strip()
 
 
+def account(name, *paths):
+    """What Popen takes to run a program under that account, if root starts it: as who it is, else.
+
+    `paths` are programs and folders that it has to get at.
+    """
+    if os.geteuid() != 0:
+        return {}
+    import pwd  # there is none on Windows, for which local.py has a message
+
+    try:
+        found = pwd.getpwnam(name)
+    except KeyError:
+        raise SystemExit(
+            f"error: started by root, the server needs the account {name}, and there is none.\n"
+            f"hint:  useradd --system {name}"
+        ) from None
+    options = {"user": found.pw_uid, "group": found.pw_gid, "extra_groups": []}
+    for path in paths:
+        if subprocess.run(["test", "-x", path], **options).returncode:
+            raise SystemExit(
+                f"error: the account {name}, under which root runs it, cannot get at {path}.\n"
+                "hint:  choose a place that others may pass through, or start it as a user."
+            )
+    return options
+
+
+def port_number(text):
+    """Argument type."""
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"must be a port, 1 to 65535, not {text!r}")
+    return int(text)
+
+
 def check_port(address, port):
     """Raise SystemExit unless a server can listen there."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
@@ -52,10 +88,13 @@ def check_port(address, port):
 
 
 class Processes:
-    """The running programs. Each writes to LOGS/NAME.log; on leaving they end, last one first."""
+    """The running programs. Each writes to LOGS/NAME.log; on leaving they end, last one first.
 
-    def __init__(self, folder, logs):
-        self.folder, self.logs, self.running = folder, logs, {}
+    They inherit the lock, a file: as long as one of them runs, it is held.
+    """
+
+    def __init__(self, folder, logs, lock):
+        self.folder, self.logs, self.lock, self.running = folder, logs, lock, {}
 
     def __enter__(self):
         return self
@@ -64,7 +103,8 @@ class Processes:
         for process, number in reversed(self.running.values()):
             end(process, number)
 
-    def launch(self, name, command, stop_by=signal.SIGTERM, **options):
+    def launch(self, name, command, stop_by=signal.SIGTERM, stays=False, **options):
+        """Start a program. Unless it `stays`, it ends when this process does, however that ends."""
         with (self.logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 list(map(str, command)),
@@ -73,6 +113,8 @@ class Processes:
                 stderr=log,
                 cwd=self.folder,
                 start_new_session=True,  # Ctrl-C reaches serve.py alone, which stops in order
+                pass_fds=[self.lock.fileno()],
+                preexec_fn=None if stays else ends_with_its_parent(stop_by),
                 **options,
             )
         self.running[name] = (process, stop_by)
@@ -112,6 +154,18 @@ class Processes:
         )
 
 
+def ends_with_its_parent(number):
+    """What a child does first: it asks Linux for that signal when its parent is gone."""
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def ask():
+        prctl(1, number)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # gone already
+            os._exit(1)
+
+    return ask
+
+
 def end(process, number):
     """Stop a process and all that it started, by its own id: kindly, then not."""
     for signal_number, patience in ((number, 30), (signal.SIGKILL, 5)):
@@ -126,12 +180,12 @@ def end(process, number):
         return
 
 
-def status_of(sock, path):
+def status_of(sock, path, headers=None):
     """The status that a GET over a connected socket is answered with."""
     with sock:
         connection = http.client.HTTPConnection("localhost")
         connection.sock = sock
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers or {})
         return connection.getresponse().status
 
 
@@ -147,8 +201,10 @@ def unix_socket(path):
     return sock
 
 
-def tls_socket(address, port, host, ca_bundle):
-    """A connection to address:port that must show a certificate for `host`."""
+def tls_socket(address, port, host=None, ca_bundle=None):
+    """A connection to address:port, which must show a certificate for `host`, if that is given."""
     context = ssl.create_default_context(cafile=ca_bundle)
+    if not host:  # nginx is asked about a key on its own machine, whatever its certificate says
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     sock = socket.create_connection((address, port), timeout=5)
     return context.wrap_socket(sock, server_hostname=host)

@@ -14,10 +14,10 @@ import contextlib
 import grp
 import importlib.util
 import os
-import pwd
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +25,23 @@ import time
 from pathlib import Path
 
 import credentials
-from processes import Processes, check_port, need, run, status_of, tls_socket, unix_socket
+from processes import (
+    Processes,
+    account,
+    check_port,
+    need,
+    port_number,
+    run,
+    status_of,
+    tls_socket,
+    unix_socket,
+)
 
 HERE = Path(__file__).resolve().parent
 
-# Who runs what if root starts it: PostgreSQL refuses to run as root, nginx's workers should not.
-AS_ROOT = os.geteuid() == 0
-DATABASE_ACCOUNT, GATEWAY_GROUP = "postgres", "www-data"
+# Who runs what if root starts it. They are for this alone: what another service shares with MLflow
+# gets at its socket, past the gateway, and what MLflow shares with nginx, at the keys.
+MLFLOW, GATEWAY = "mlflow", "mlflow-gateway"
 
 MLFLOW_SETTINGS = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that tracking has no use for
@@ -67,11 +77,14 @@ def build_parser():
             "--host", default="127.0.0.1", help="name that clients use (default: %(default)s)"
         )
         one.add_argument(
-            "--port", type=int, default=8443, help="of the tracking server (default: %(default)s)"
+            "--port",
+            type=port_number,
+            default=8443,
+            help="of the tracking server (default: %(default)s)",
         )
         one.add_argument(
             "--store_port",
-            type=int,
+            type=port_number,
             default=8444,
             help="where clients reach the object store (default: %(default)s)",
         )
@@ -110,9 +123,7 @@ def build_parser():
     for name, text in (("add-key", "make a key"), ("revoke-key", "make a key invalid")):
         command(name, f"{text}; a running server takes notice without a restart").add_argument(
             "name",
-            type=matching(
-                r"[A-Za-z0-9][A-Za-z0-9._@-]{0,31}", "up to 32 letters, digits and any of . _ @ -"
-            ),
+            type=matching(credentials.NAME, "up to 32 letters, digits and any of . _ @ -"),
             help="whose key: a person, a project, a machine",
         )
     return parser
@@ -173,6 +184,8 @@ def start(args):
         )
     for program in ("nginx", "postgres", "initdb"):
         need(program)
+    account_of_mlflow()  # an error, if there is none
+    account(GATEWAY)
     for port in (args.port, args.store_port):
         check_port(args.listen, port)
     credentials.prepare(args.folder, args.host)
@@ -194,17 +207,38 @@ def upgrade(folder):
     credentials.keys_of(folder)
     with running(folder) as processes:
         start_postgres(folder, processes)
-        print(run([sys.executable, "-m", "mlflow", "db", "upgrade", database_uri(folder)]))
+        command = [sys.executable, "-m", "mlflow", "db", "upgrade", database_uri(folder)]
+        print(run(command, cwd=folder, **account_of_mlflow()))
+
+
+def account_of_mlflow():
+    """The account of MLflow and its database, which has to get at the installed packages."""
+    found = importlib.util.find_spec("mlflow")
+    return account(MLFLOW, sys.executable, *(found.submodule_search_locations if found else ()))
+
+
+def belongs_to(owner, path):
+    """Give a folder, and what an earlier version left in it, to an account that alone enters it."""
+    path.mkdir(exist_ok=True)
+    path.chmod(0o700)
+    if owner:
+        if path.stat().st_uid != owner["user"]:
+            run(["chown", "-R", f"{owner['user']}:{owner['group']}", path])
+        account(MLFLOW, path)
+    return path
 
 
 @contextlib.contextmanager
 def running(folder):
     """The one server of a folder: what is launched in here ends with it, also by Ctrl-C."""
-    for path in (folder / "logs", folder / "run"):
-        path.mkdir(mode=0o700, exist_ok=True)
+    for name in ("logs", "run"):
+        (folder / name).mkdir(mode=0o700, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        with credentials.locked(folder), Processes(folder, folder / "logs") as processes:
+        with (
+            credentials.locked(folder) as lock,
+            Processes(folder, folder / "logs", lock) as processes,
+        ):
             (folder / "run" / "nginx.pid").unlink(missing_ok=True)  # of one that was killed
             try:
                 yield processes
@@ -220,16 +254,16 @@ def running(folder):
 
 def start_nginx(args, processes):
     """Fill in the templates, have nginx check them, and wait until it refuses a keyless request."""
-    run_folder = args.folder / "run"
-    if AS_ROOT:  # nginx's workers have to reach MLflow's socket; other accounts must not
-        os.chown(run_folder, 0, grp.getgrnam(GATEWAY_GROUP).gr_gid)
-        run_folder.chmod(0o710)
+    run_folder, gateway, user = args.folder / "run", account(GATEWAY), ""
+    run_folder.chmod(0o711 if gateway else 0o700)
+    if gateway:  # its workers, and MLflow, pass through to what is theirs
+        user = f" user {GATEWAY} {grp.getgrgid(gateway['group']).gr_name};"
     values = {
         "GATEWAY_FOLDER": args.folder / "gateway",
         "GATEWAY_RUN": run_folder,
         "GATEWAY_LOGS": args.folder / "logs",
         "GATEWAY_LISTEN": f"{args.listen}:{args.port}",
-        "GATEWAY_MLFLOW": f"unix:{run_folder}/mlflow.sock",
+        "GATEWAY_MLFLOW": f"unix:{run_folder}/mlflow/mlflow.sock",
         "GATEWAY_STORE_LISTEN": f"{args.listen}:{args.store_port}",
         "GATEWAY_STORE": args.store,
     }
@@ -240,7 +274,6 @@ def start_nginx(args, processes):
         text = re.sub(r"\$\{(GATEWAY_\w+)\}", lambda match: str(values[match[1]]), text)
         (run_folder / name).write_text(text)
 
-    user = f" user {GATEWAY_GROUP};" if AS_ROOT else ""
     nginx = [need("nginx"), "-e", args.folder / "logs" / "error.log"]
     nginx += ["-c", run_folder / "nginx.conf", "-g", f"daemon off;{user}"]
     run([*nginx, "-t"])
@@ -268,18 +301,8 @@ def check_store(args):
 
 def start_postgres(folder, processes):
     """PostgreSQL without a port: only a socket, in a folder of mode 0700."""
-    database, owner = folder / "database", {}
-    database.mkdir(mode=0o700, exist_ok=True)
-    if AS_ROOT:
-        account = pwd.getpwnam(DATABASE_ACCOUNT)
-        os.chown(database, account.pw_uid, account.pw_gid)
-        owner = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        if subprocess.run(["test", "-x", database], **owner).returncode:
-            raise SystemExit(
-                f"error: the account {DATABASE_ACCOUNT}, which runs PostgreSQL if root starts it, "
-                f"cannot enter {database}.\n"
-                "hint:  choose a --folder that others may pass through, or start it as a user."
-            )
+    owner = account_of_mlflow()
+    database = belongs_to(owner, folder / "database")
     if not (database / "PG_VERSION").exists():
         # "trust" concerns the socket: whoever gets into the folder could read the files anyway.
         initdb = [need("initdb"), "-D", database, "-U", "postgres", "--auth-local=trust"]
@@ -301,13 +324,13 @@ def start_postgres(folder, processes):
 
 def start_mlflow(args, processes):
     """MLflow on a socket too, so that the gateway is the only way in on a shared machine."""
-    listening = args.folder / "run" / "mlflow.sock"
-    listening.unlink(missing_ok=True)
-    if not args.artifacts:  # nobody reads them past the gateway
-        (args.folder / "artifacts").mkdir(mode=0o700, exist_ok=True)
+    owner, gateway = account_of_mlflow(), account(GATEWAY)
+    own = args.folder / "run" / "mlflow"  # its socket, and our modules, which it imports
+    shutil.rmtree(own, ignore_errors=True)
+    shutil.copytree(HERE / "inside", own)
     command = [
         *(sys.executable, "-m", "mlflow", "server"),
-        *("--uvicorn-opts", f"--uds {shlex.quote(str(listening))}"),
+        *("--uvicorn-opts", f"--uds {shlex.quote(str(own / 'mlflow.sock'))}"),
         *("--workers", args.workers),
         *("--backend-store-uri", database_uri(args.folder)),
         *("--artifacts-destination", args.artifacts or args.folder / "artifacts"),
@@ -320,23 +343,29 @@ def start_mlflow(args, processes):
         # MLflow signs addresses for clients and goes to the store itself, by this one address.
         settings |= {"MLFLOW_S3_ENDPOINT_URL": store_uri(args)}
         settings |= {"AWS_CA_BUNDLE": str(args.folder / "ca.pem")}
-    environment = os.environ | settings
+    others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join([str(own), *others])}
     environment.pop("MLFLOW_WORKSPACE", None)  # a client's: MLflow's server refuses it
+    if not args.artifacts:
+        environment["ARTIFACTS_FOLDER"] = str(belongs_to(owner, args.folder / "artifacts"))
     if args.owners:
         command += ["--app-name", "basic-auth"]
-        environment |= settings_of_owners(args.folder)
-    processes.launch("mlflow", command, env=environment)
-    processes.wait_until(lambda: status_of(unix_socket(listening), "/health") == 200)
+        environment |= settings_of_owners(args.folder, own)
+    belongs_to(owner, own)
+    if gateway:
+        environment["HOME"] = str(own)
+        os.chown(own, -1, gateway["group"])
+        own.chmod(0o710)
+    processes.launch("mlflow", command, env=environment, **owner)
+    processes.wait_until(lambda: status_of(unix_socket(own / "mlflow.sock"), "/health") == 200)
 
 
-def settings_of_owners(folder):
+def settings_of_owners(folder, own):
     """Users and permissions lie in the same database; no password is kept, or asked for."""
-    path = folder / "run" / "basic_auth.ini"
+    path = own / "basic_auth.ini"
     database = database_uri(folder).replace("%", "%%")  # as such a file wants it
     credentials.write_private(path, OWNERS.format(database=database))
-    others = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     return {
-        "PYTHONPATH": os.pathsep.join([str(HERE), *others]),  # where owners.py is
         "MLFLOW_AUTH_CONFIG_PATH": str(path),
         "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
         "MLFLOW_AUTH_ADMIN_PASSWORD": secrets.token_hex(32),  # MLflow starts only with one

@@ -1,6 +1,9 @@
 """The server of server/: nginx, PostgreSQL and MLflow, started by its one command, trained through.
 
 The object store is moto: it speaks S3, and keeps nothing.
+
+Root runs the server under the accounts of its page, which the tests make, as it says there. They
+start one of the two servers as root and one as a user; without root, both as the user at hand.
 """
 
 import contextlib
@@ -8,15 +11,18 @@ import hashlib
 import http.client
 import importlib
 import inspect
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +37,7 @@ import yaml
 from botocore.auth import S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from conftest import ROOT, clean_environment, free_port, run
+from conftest import ROOT, Finished, clean_environment, free_port, run
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
 SERVER = ROOT / "server"
@@ -39,6 +45,10 @@ PAGE = (SERVER / "README.md").read_text()
 COMPOSE = yaml.safe_load((SERVER / "compose.yaml").read_text())
 sys.path.insert(0, str(SERVER))
 serve_module = importlib.import_module("serve")
+processes_module = importlib.import_module("processes")
+
+EXPERIMENTS, MODELS = "2.0/mlflow/experiments", "2.0/mlflow/registered-models"
+RUNS, VERSIONS = "2.0/mlflow/runs/create", "2.0/mlflow/model-versions/create"
 
 BUCKET = "mlflow"
 AWS = {
@@ -52,23 +62,65 @@ def postgres_programs():
     return sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 
 
+AS_ROOT = os.geteuid() == 0
+
+
+def python_for_everybody():
+    """An interpreter that every account may run: the system's, where root's lies in its home."""
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        with contextlib.suppress(OSError):
+            account = {"user": 65534, "group": 65534, "extra_groups": []} if AS_ROOT else {}
+            if subprocess.run([python, "-c", ""], capture_output=True, **account).returncode == 0:
+                return python
+    return None
+
+
+FOR_EVERYBODY = python_for_everybody()
+PYTHON = FOR_EVERYBODY or sys.executable
 needs_servers = pytest.mark.skipif(
-    not (Path("/usr/sbin/nginx").exists() and postgres_programs())
+    not (Path("/usr/sbin/nginx").exists() and postgres_programs() and FOR_EVERYBODY)
     and "REQUIRE_SERVERS" not in os.environ,
-    reason="nginx or PostgreSQL is missing (apt-get install nginx postgresql); .ci/run installs "
-    "them and sets REQUIRE_SERVERS, with which this fails",
+    reason="nginx or PostgreSQL is missing (apt-get install nginx postgresql), or an interpreter "
+    "that the accounts may run as which root runs them; .ci/run sees to both and sets "
+    "REQUIRE_SERVERS, with which this fails",
 )
 
 
+def environment(**variables):
+    packages = {} if sys.executable == PYTHON else {"PYTHONPATH": sysconfig.get_path("purelib")}
+    return clean_environment(**packages | variables)
+
+
+def as_account(name):
+    """Popen's options for a process under that account, which the page says how to make."""
+    if not AS_ROOT:
+        return {}
+    if subprocess.run(["getent", "passwd", name], stdout=subprocess.DEVNULL).returncode:
+        assert f"useradd --system {name}" in PAGE
+        subprocess.run(["useradd", "--system", name], check=True)
+    return processes_module.account(name)
+
+
 def serve(*arguments, code=0, cwd="/", **variables):
-    return run(SERVER / "serve.py", *arguments, cwd=cwd, code=code, **variables)
+    process = subprocess.run(
+        list(map(str, [PYTHON, SERVER / "serve.py", *arguments])),
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    finished = Finished(process)
+    assert finished.code == code, finished.out + finished.err
+    return finished
 
 
 class Deployment:
     """`serve.py start` as a process. `variables` is what its `export` lines set."""
 
-    def __init__(self, folder, store=None, flags=()):
-        self.folder = folder
+    def __init__(self, folder, store=None, flags=(), account=None):
+        self.folder, self.account = folder, account or {}
         self.port, self.store_port = free_port(), free_port()
         self.arguments = ["--port", self.port, "--store_port", self.store_port, *flags]
         if store:
@@ -91,15 +143,21 @@ class Deployment:
         return (self.folder.parent / "printed.txt").read_text()
 
     def start(self):
-        command = [sys.executable, SERVER / "serve.py", "start", "--folder", self.folder]
+        program = SERVER / "serve.py"
+        if self.account:  # the project's folder may be root's alone
+            program = self.folder.parent / "program" / "serve.py"
+            shutil.copytree(SERVER, program.parent, dirs_exist_ok=True)
+        command = [PYTHON, program, "start", "--folder", self.folder]
         with (self.folder.parent / "printed.txt").open("a") as output:
             self.process = subprocess.Popen(
                 list(map(str, [*command, *self.arguments])),
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                env=clean_environment(**AWS, MLFLOW_WORKSPACE="of-a-client"),
+                env=environment(**AWS, MLFLOW_WORKSPACE="of-a-client"),
                 start_new_session=True,
+                cwd="/",
+                **self.account,
             )
         self.starts += 1
         while self.printed.count("Ctrl-C stops") < self.starts:
@@ -112,6 +170,12 @@ class Deployment:
             self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(timeout=60) == 0, self.printed
         assert self.processes() == []
+
+    def children(self, name):
+        """The ids of the programs that serve.py has started, by a word of their command lines."""
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        found = map(int, path.read_text().split())
+        return [pid for pid in found if name in Path(f"/proc/{pid}/cmdline").read_text()]
 
     def processes(self):
         """The command lines of all that runs in the folder."""
@@ -154,8 +218,12 @@ class Deployment:
 
 @contextlib.contextmanager
 def short_path():
-    """A folder whose path leaves room for a socket's name; PostgreSQL's account may enter it."""
-    with tempfile.TemporaryDirectory(prefix="mlflow-", dir="/tmp") as path:
+    """A folder whose path leaves room for a socket's name; the accounts exist and may enter it."""
+    for name in (serve_module.MLFLOW, serve_module.GATEWAY):
+        as_account(name)
+    memory = Path("/dev/shm")  # where a database need not wait for a disk
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2e9
+    with tempfile.TemporaryDirectory(prefix="mlflow-", dir=memory if roomy else "/tmp") as path:
         os.chmod(path, 0o755)
         yield Path(path)
 
@@ -243,9 +311,13 @@ def store():
 
 @pytest.fixture(scope="module")
 def deployment(store):
+    """Started by a user, whom the tests give the name of MLflow's account if they run as root."""
     address, _, _ = store
-    with short_path() as folder, Deployment(folder / "server", address) as deployment:
-        yield deployment
+    with short_path() as folder:
+        if account := as_account(serve_module.MLFLOW):
+            os.chown(folder, account["user"], account["group"])
+        with Deployment(folder / "server", address, account=account) as deployment:
+            yield deployment
 
 
 @pytest.mark.slow
@@ -260,7 +332,7 @@ def test_training_on_the_server(deployment, store, tmp_path):
         **deployment.variables,
     )
     words = "(from MLFLOW_TRACKING_URI; X-Api-Key from AM_SC_API_KEY_FILE)"
-    assert trained.out.startswith(f"tracking {deployment.uri}  {words}")
+    assert f"\ntracking {deployment.uri}  {words}" in trained.out
     assert deployment.key() not in trained.out + trained.err
     run_id = trained.result["run_id"]
     query = f"SELECT value FROM metrics WHERE run_uuid = '{run_id}' AND key = 'val_accuracy'"
@@ -451,7 +523,7 @@ def test_keys_come_and_go(deployment):
         verify=folder / "ca.pem",
         timeout=60,
     ).raise_for_status()
-    until(lambda: deployment.status(key=key) == 200)
+    assert deployment.status(key=key) == 200  # at once: add-key has tried it
     line = re.compile(r'^\S+ alice \[\S+\] "GET /version" 200 ', re.M)
     until(lambda: line.search(deployment.log("access.log")))  # written after the answer
 
@@ -474,21 +546,37 @@ def test_keys_come_and_go(deployment):
 
     assert "error: alice has a key" in serve("add-key", "alice", "--folder", folder, code=1).error
     # What lies beside the keys and is none, lets nobody in and keeps nobody from being shut out.
-    for name, content in (("blank", "\n"), ("any", "~."), ("quoted", 'a" b')):
-        (folder / "keys" / name).write_text(content)
-    (folder / "keys" / "0").mkdir()
+    keys, admin = folder / "keys", deployment.key()
+    texts = {"blank": "\n", "any": "~.", "quoted": 'a" b', "short": "a" * 16, "copied": admin}
+    for name, content in (texts | {'"; "': "b" * 64}).items():
+        (keys / name).write_text(content)
+    (keys / "0").mkdir()
+    (keys / "linked").symlink_to(keys / "admin")
+    os.mkfifo(keys / "pipe")
+    beside = [path for path in keys.iterdir() if path.name not in ("admin", "alice")]
+    assert len(beside) == 9
     said = serve("revoke-key", "alice", "--folder", folder)
-    assert said.err.count("holds no key, and lets nobody in") == 4
-    for name in ("blank", "any", "quoted"):
-        (folder / "keys" / name).unlink()
-    (folder / "keys" / "0").rmdir()
-    until(lambda: deployment.status(key=key) == 401)
-    assert deployment.status(key="") == deployment.status(key="a" * 64) == 401
-    until(lambda: deployment.status(key=key) == 401)
+    assert said.err.count("is no key, and lets nobody in") == 9
+    assert said.out == "revoked  alice  nginx refuses it\n"
+    assert deployment.status(key=key) == 401  # at once
+    assert "alice has no key" in serve("revoke-key", "alice", "--folder", folder, code=1).error
+    assert "there are: admin\n" in serve("revoke-key", "0", "--folder", folder, code=1).error
+    for path in beside:
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    for none in ("", "a" * 64, "b" * 64, "a" * 16, "~.", 'a" b'):
+        assert deployment.status(key=none) == 401, none
     assert deployment.status(**bearer) == 401
     assert deployment.status(path="/", auth=("alice", key), headers={}) == 401
-    assert deployment.status(key=deployment.key()) == 200
-    assert "there are: admin" in serve("revoke-key", "alice", "--folder", folder, code=1).error
+    assert deployment.status(key=admin) == 200
+    # Two at once: neither undoes the other.
+    serve("add-key", "one", "--folder", folder)
+    one = deployment.key("one")
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(
+            lambda do: serve(*do, "--folder", folder), [("revoke-key", "one"), ("add-key", "two")]
+        )
+        assert [finished.code for finished in done] == [0, 0]
+    assert deployment.status(key=one) == 401 and deployment.status(key=deployment.key("two")) == 200
     assert deployment.process.pid == server and deployment.process.poll() is None
 
 
@@ -534,77 +622,236 @@ def test_no_key_is_written_down(deployment, tmp_path):
         assert key not in line
 
 
-@pytest.mark.slow
-@needs_servers
-def test_an_upgrade_keeps_what_is_stored(deployment):
-    """The page's command, on a server that is stopped for it, and the same server after it."""
-    created = requests.post(
-        f"{deployment.uri}/api/2.0/mlflow/experiments/create",
-        json={"name": "before the upgrade"},
-        headers={"X-Api-Key": deployment.key()},
-        verify=deployment.folder / "ca.pem",
-        timeout=60,
-    ).json()
-    deployment.stop()
-    assert "Updating database tables" in serve("upgrade", "--folder", deployment.folder).out
-    assert deployment.processes() == []
-    (deployment.folder / "gateway" / "passwords.conf").write_text("")  # it knew no bearer tokens
-    deployment.start()
-    path = f"/api/2.0/mlflow/experiments/get?experiment_id={created['experiment_id']}"
-    for name, value in (("X-Api-Key", ""), ("Authorization", "Bearer ")):
-        assert deployment.status(path=path, headers={name: value + deployment.key()}) == 200
+def ways_to_files(server, location, experiment, headers):
+    """Try each route that ends in a file on a run, a model and a trace of the experiment.
+
+    The trace is given the location itself, the others have theirs from the experiment. Returns
+    {route: (status, body)}.
+    """
+
+    def ask(method, path, **options):
+        url = f"{server.uri}/{path}"
+        answer = requests.request(
+            method, url, headers=headers, verify=server.folder / "ca.pem", timeout=60, **options
+        )
+        return answer.status_code, answer.text
+
+    def made(path, **body):
+        status, text = ask("POST", f"api/{path}", json=body)
+        assert status == 200, (path, text)
+        return json.loads(text)
+
+    run = made(RUNS, experiment_id=experiment)["run"]["info"]["run_id"]
+    model = made("2.0/mlflow/logged-models", experiment_id=experiment, name="model")
+    model = model["model"]["info"]["model_id"]
+    trace = f"tr-{uuid.uuid4().hex}"
+    place = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment}}
+    info = {"trace_id": trace, "trace_location": place, "state": "OK"}
+    info |= {"request_time": "2026-01-01T00:00:00Z"}
+    made("3.0/mlflow/traces", trace={"trace_info": info})
+    tag = {"key": "mlflow.artifactLocation", "value": location}
+    assert ask("PATCH", f"api/3.0/mlflow/traces/{trace}/tags", json=tag)[0] == 200
+    prompt = {"experiment_id": experiment, "prompt_template": "x", "model_input": "x"}
+    prompt |= {"prompt_parameters": [{"key": "a", "value": "b"}], "mlflow_version": "3"}
+    prompt |= {"model_parameters": [], "model_route": "x", "model_output": "x"}
+    ajax, file, notes = "ajax-api/2.0/mlflow", "notes/it.txt", {"data": b"planted"}
+    _, page = ask("POST", f"{ajax}/runs/create-promptlab-run", json=prompt)
+    return {
+        "upload": ask("POST", f"{ajax}/upload-artifact?run_uuid={run}&path={file}", **notes),
+        "promptlab": (200 if '"FINISHED"' in page else 500, page),  # the answer is always 200
+        "download": ask("GET", f"get-artifact?run_uuid={run}&path={file}"),
+        "list": ask("GET", f"api/2.0/mlflow/artifacts/list?run_id={run}"),
+        "model": ask("GET", f"{ajax}/logged-models/{model}/artifacts/files?artifact_file_path=x"),
+        "models": ask("GET", f"{ajax}/logged-models/{model}/artifacts/directories"),
+        "trace": ask("GET", f"{ajax}/get-trace-artifact?request_id={trace}"),
+    }
+
+
+def files_of(folder):
+    """Where a location could lead: all but what the programs write as they go."""
+    own = ("artifacts", "database", "logs", "run")
+    return {path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in own}
+
+
+def secret_in(folder):
+    """A folder with a trace that nobody has logged."""
+    (folder / "secret").mkdir(exist_ok=True)
+    (folder / "secret" / "traces.json").write_text('{"spans": ["a secret"]}')
+    for path in (folder / "secret", folder / "secret" / "traces.json"):
+        path.chmod(0o777)  # whoever MLflow runs as
+    return folder / "secret"
 
 
 @pytest.mark.slow
 @needs_servers
-def test_a_server_without_a_store_and_with_an_institutes_certificate(server_folder):
-    authority, gateway = trustme.CA(), server_folder / "gateway"
-    certificate = authority.issue_cert("127.0.0.1")
-    gateway.mkdir(parents=True)
-    certificate.private_key_pem.write_to_path(gateway / "server.key")
-    for blob in certificate.cert_chain_pems:
-        blob.write_to_path(gateway / "server.pem", append=True)
-    authority.cert_pem.write_to_path(server_folder / "ca.pem")
-    with Deployment(server_folder, flags=["--workspaces"]) as deployment:
-        assert not (server_folder / "ca.key").exists()
-        path = "/api/2.0/mlflow-artifacts/artifacts/some/file.txt"
-        assert deployment.status("PUT", path, key=deployment.key(), data=b"text") == 200
-        assert (server_folder / "artifacts" / "some" / "file.txt").read_bytes() == b"text"
-        assert deployment.status(path=path, key=deployment.key()) == 200
-        assert "REQUESTS_CA_BUNDLE" not in deployment.printed
+def test_no_location_leads_to_files_of_the_server(deployment):
+    """With an ordinary key, without workspaces, as the user who owns the files."""
+    folder, headers = deployment.folder, {"X-Api-Key": deployment.key()}
 
-        assert deployment.variables["MLFLOW_WORKSPACE"] == "default"
-        headers = {"Authorization": f"Bearer {deployment.key()}"}
-        team = headers | {"X-MLFLOW-WORKSPACE": "team-a"}
-        mlflow, made = "/api/2.0/mlflow/experiments", {"json": {"name": "of a team"}}
-        workspace = {"path": "/api/3.0/mlflow/workspaces", "json": {"name": "team-a"}}
-        assert deployment.status("POST", f"{mlflow}/create", headers=team, **made) == 404
-        assert deployment.status("POST", headers=headers, **workspace) == 201
-        assert deployment.status("POST", f"{mlflow}/create", headers=team, **made) == 200
-        search = f"{mlflow}/get-by-name?experiment_name=of a team"
-        assert deployment.status(path=search, headers=team) == 200
-        assert deployment.status(path=search, headers=headers) == 404
+    def created(location):
+        body = {"name": f"at {location}", "artifact_location": location}
+        answer = deployment.ask("admin", "POST", f"{EXPERIMENTS}/create", json=body)
+        return answer.json().get("experiment_id")
 
-        # Another account of the machine gets at nothing but the certificate of the authority.
-        names = {"artifacts", "database", "gateway", "keys", "logs", "run"}
-        assert {path.name for path in server_folder.iterdir()} == names | {"ca.pem", "lock"}
-        for name in names:
-            assert (server_folder / name).stat().st_mode & 0o007 == 0, name
-
-
-EXPERIMENTS, MODELS = "2.0/mlflow/experiments", "2.0/mlflow/registered-models"
-RUNS, VERSIONS = "2.0/mlflow/runs/create", "2.0/mlflow/model-versions/create"
+    # A witness: these are ways to files, where the location is the server's own.
+    found = ways_to_files(deployment, "mlflow-artifacts:/0", created(None) or "0", headers)
+    good = [name for name, (status, _) in found.items() if status == 200]
+    assert {"upload", "promptlab", "list"} <= set(good), found
+    secret = secret_in(folder)
+    before, refused = files_of(folder), 0
+    locations = [f"file://{secret}", f"file:{secret}", f"file://localhost{secret}", str(secret)]
+    locations += ["secret", "./secret", f"FILE://{secret}", f"file:{folder}/keys/../secret"]
+    locations += ["mlflow-artifacts:/../secret", f"mlflow-artifacts:/{secret}", "file:///proc/self"]
+    for location in locations:
+        if experiment := created(location):
+            for route, (status, text) in ways_to_files(
+                deployment, location, experiment, headers
+            ).items():
+                assert "a secret" not in text, (location, route)
+                if "mlflow-artifacts" not in location:  # that is in the bucket
+                    assert status != 200, (location, route, text)
+                refused += 1
+    assert refused >= 7 * 7
+    assert files_of(folder) == before
+    for name in ("database", "gateway", "keys", "logs", "run"):  # and no other account gets in
+        assert (folder / name).stat().st_mode & 0o077 == 0, name
 
 
 @pytest.fixture(scope="module")
 def with_owners():
+    """Without a store, with an institute's certificate; started by root, if root tests."""
     flags = ["--workspaces", "--owners"]
-    with short_path() as folder, Deployment(folder / "server", flags=flags) as server:
+    with short_path() as path:
+        folder, gateway = path / "server", path / "server" / "gateway"
+        authority = trustme.CA()
+        certificate = authority.issue_cert("127.0.0.1")
+        gateway.mkdir(parents=True)
+        certificate.private_key_pem.write_to_path(gateway / "server.key")
+        for blob in certificate.cert_chain_pems:
+            blob.write_to_path(gateway / "server.pem", append=True)
+        authority.cert_pem.write_to_path(folder / "ca.pem")
+        folder.chmod(0o775)  # umask 002
+        serve_module.credentials.prepare(folder, "127.0.0.1")
         for name in ("ada", "grace", "alice", "array"):
-            serve("add-key", name, "--folder", server.folder)
-        # A page of which MLflow asks nobody's name: the keys are valid, the users not made.
-        until(lambda: server.status(key=server.key("array"), path="/health") == 200)
-        yield server
+            serve_module.credentials.add_key(folder, name)
+        with Deployment(folder, flags=flags) as server:
+            yield server
+
+
+@pytest.mark.slow
+@needs_servers
+def test_a_server_without_a_store_and_with_an_institutes_certificate(with_owners):
+    server, folder = with_owners, with_owners.folder
+    assert not (folder / "ca.key").exists() and folder.stat().st_mode & 0o022 == 0
+    path = "/api/2.0/mlflow-artifacts/artifacts/some/file.txt"
+    assert server.status("PUT", path, key=server.key(), data=b"text") == 200
+    assert (folder / "artifacts" / "some" / "file.txt").read_bytes() == b"text"
+    assert server.status(path=path, key=server.key()) == 200
+    assert "REQUESTS_CA_BUNDLE" not in server.printed
+
+    assert server.variables["MLFLOW_WORKSPACE"] == "default"
+    headers = {"Authorization": f"Bearer {server.key()}"}
+    team = headers | {"X-MLFLOW-WORKSPACE": "team-c"}
+    mlflow, made = "/api/2.0/mlflow/experiments", {"json": {"name": "of a team"}}
+    # The new workspace's own location is as good, or as bad, as an experiment's.
+    secret = secret_in(folder)
+    before = files_of(folder)
+    workspace = {"name": "team-c", "default_artifact_root": f"file://{secret}"}
+    workspace = {"path": "/api/3.0/mlflow/workspaces", "json": workspace}
+    assert server.status("POST", f"{mlflow}/create", headers=team, **made) == 404
+    assert server.status("POST", headers=headers, **workspace) == 201
+    assert server.status("POST", f"{mlflow}/create", headers=team, **made) == 200
+    search = f"{mlflow}/get-by-name?experiment_name=of a team"
+    assert server.status(path=search, headers=team) == 200
+    assert server.status(path=search, headers=headers) == 404
+
+    found = server.ask("admin", "GET", search.removeprefix("/api/"), team).json()["experiment"]
+    assert found["artifact_location"].startswith(f"file://{secret}")
+    tried = ways_to_files(server, str(secret), found["experiment_id"], team)
+    assert {status for status, _ in tried.values()}.isdisjoint({200}), tried
+    assert "a secret" not in str(tried) and files_of(folder) == before
+    # Nor does a path below MLflow's own, or one that only looks so.
+    for location in (
+        f"file://{secret}",
+        "mlflow-artifacts:/../secret",
+        f"{folder}/artifacts/../secret",
+    ):
+        status, text = ways_to_files(server, location, "0", headers)["trace"]
+        assert status != 200 and "a secret" not in text, location
+    for path in (
+        "..%2fsecret%2ftraces.json",
+        "..%252fsecret%252ftraces.json",
+        f"%2f{secret}/traces.json",
+    ):
+        for method, data in (("PUT", b"planted"), ("GET", None), ("DELETE", None)):
+            url = f"2.0/mlflow-artifacts/artifacts/{path}"
+            assert not server.ask("admin", method, url, data=data).ok, (method, path)
+    assert files_of(folder) == before and "a secret" in (secret / "traces.json").read_text()
+    found = ways_to_files(server, str(folder / "artifacts"), "0", headers)  # a witness
+    assert found["upload"][0] == found["promptlab"][0] == found["list"][0] == 200, found
+
+
+# Run by another account: prints which of the files it may open, which of the sockets connect to.
+INTRUDER = """
+import pathlib, socket, sys
+for path in map(pathlib.Path, sys.stdin.read().split("\\0")):
+    try:
+        if str(path).endswith((".sock", ".5432")):
+            socket.socket(socket.AF_UNIX).connect(str(path))
+        else:
+            path.open("rb")
+        print(path.name)
+    except PermissionError:
+        pass
+"""
+
+
+@pytest.mark.slow
+@needs_servers
+def test_what_a_local_account_gets_at(with_owners):
+    server, folder = with_owners, with_owners.folder
+    names = {"artifacts", "database", "gateway", "keys", "logs"}
+    there = {path.name for path in folder.iterdir()} - {"secret"}
+    assert there == names | {"run", "ca.pem", "lock"}
+    for name in names:
+        assert (folder / name).stat().st_mode & 0o077 == 0, name
+    assert (folder / "lock").stat().st_mode & 0o777 == 0o600
+    assert (folder / "run" / "mlflow" / "basic_auth.ini").stat().st_mode & 0o777 == 0o600
+    if not AS_ROOT:
+        assert (folder / "run").stat().st_mode & 0o077 == 0
+        pytest.skip("two users can be had by root only")
+
+    paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    paths = [path for path in paths if "secret" not in path.parts]
+    assert {"mlflow.sock", ".s.PGSQL.5432", "admin", "keys.conf"} <= {p.name for p in paths}
+
+    def opened(account):
+        command = [PYTHON, "-c", INTRUDER]
+        text, account = "\0".join(map(str, paths)), processes_module.account(account)
+        return set(
+            subprocess.run(
+                command, input=text, capture_output=True, text=True, check=True, cwd="/", **account
+            ).stdout.splitlines()
+        )
+
+    anybody = {"ca.pem", "nginx.conf", "nginx.pid"}
+    assert opened("nobody") == opened("www-data") == anybody
+    code = {path.name for path in (SERVER / "inside").rglob("*") if path.is_file()}
+    assert opened(serve_module.GATEWAY) - code == anybody | {"mlflow.sock"}
+    of_mlflow = opened(serve_module.MLFLOW)
+    assert {"mlflow.sock", ".s.PGSQL.5432", "basic_auth.ini"} <= of_mlflow
+    closed = {"admin", "ada", "keys.conf", "passwords.conf", "server.key", "lock", "access.log"}
+    assert not closed & of_mlflow
+
+    running, sessions = {}, {server.process.pid, *server.children("")}  # {account: its commands}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+            if os.getsid(int(path.parent.name)) in sessions:
+                running.setdefault(path.owner(), []).append(line)
+    assert running.keys() == {"root", serve_module.MLFLOW, serve_module.GATEWAY}
+    assert all("nginx" in line or "serve.py" in line for line in running["root"])
+    assert all("nginx: worker" in line for line in running[serve_module.GATEWAY])
 
 
 @pytest.mark.slow
@@ -657,12 +904,35 @@ def test_what_one_created_another_may_read_only(with_owners):
         assert server.ask(name, "POST", path, json=body).status_code == code
     assert server.ask("grace", "POST", RUNS, **earlier).status_code == 200
 
-    # Another start, and another key of the same name: the owners are the same.
-    server.stop()
-    for action in ("revoke-key", "add-key"):
-        serve(action, "ada", "--folder", server.folder)
+    # serve.py is killed, and nginx, which should end with it, hangs just then. Its processes answer
+    # as before: who lost the key is told so, and may try again.
+    key, folder = server.key("ada"), server.folder
+    (nginx,) = server.children("nginx")
+    os.kill(nginx, signal.SIGSTOP)
+    server.process.kill()
+    server.process.wait()
+    try:
+        error = serve("revoke-key", "ada", "--folder", folder, code=1).error
+        assert "nginx has not read the keys again; what it knew of ada may still hold" in error
+        assert server.key("ada") == key
+        assert "runs in" in serve("upgrade", "--folder", folder, code=1).error
+    finally:
+        os.kill(nginx, signal.SIGCONT)
+    until(lambda: server.processes() == [])  # PostgreSQL and MLflow, too
+    assert serve("revoke-key", "ada", "--folder", folder).out == "revoked  ada\n"
+
+    # After an upgrade by the page's command, with another key of the same name: the owners are the
+    # same. An earlier version's maps knew no bearer tokens.
+    serve("add-key", "ada", "--folder", folder)
+    assert server.key("ada") != key
+    assert "Updating database tables" in serve("upgrade", "--folder", folder).out
+    assert server.processes() == []
+    (folder / "gateway" / "passwords.conf").write_text("")
     server.start()
     check()
+    assert server.status(key=key) == 401
+    bearer = {"Authorization": f"Bearer {server.key('ada')}"}
+    assert server.status(path=f"/api/{reads[0]}", headers=bearer) == 200
 
 
 @pytest.mark.slow
@@ -709,12 +979,11 @@ def test_nobody_becomes_somebody_else(with_owners):
     for name, code in named:
         headers = {} if name is None else {"X-Key-Owner": name}
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
-        connection.sock = serve_module.unix_socket(server.folder / "run" / "mlflow.sock")
+        own = server.folder / "run" / "mlflow"
+        connection.sock = serve_module.unix_socket(own / "mlflow.sock")
         connection.request("GET", "/api/2.0/mlflow/users/current", headers=headers)
         assert connection.getresponse().status == code, headers
         connection.close()
-    assert (server.folder / "run").stat().st_mode & 0o007 == 0
-    assert (server.folder / "run" / "basic_auth.ini").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow
@@ -858,6 +1127,7 @@ def test_versions_are_those_of_the_tests():
     lowest = re.search(r"^mlflow>=([\d.]+)", (ROOT / "requirements.txt").read_text(), flags=re.M)
     assert tuple(map(int, pinned["mlflow"].split("."))) >= tuple(map(int, lowest[1].split(".")))
     recipe = (SERVER / "Dockerfile").read_text()
+    assert "COPY inside /opt/inside\nENV PYTHONPATH=/opt/inside\n" in recipe
     assert "COPY requirements.txt /tmp/requirements.txt" in recipe
     assert "pip install --no-cache-dir -r /tmp/requirements.txt" in recipe
 
@@ -918,6 +1188,8 @@ def test_help_imports_nothing_heavy():
         (["start", "--folder", "x" * 120], 2, "too long a path"),
         (["start", "--folder", "x", "--artifacts", "s3://mlflow"], 2, "go together"),
         (["start", "--folder", "x", "--store", "https://host"], 2, "must be HOST:PORT"),
+        (["start", "--folder", "x", "--port", "65536"], 2, "must be a port, 1 to 65535"),
+        (["prepare", "--folder", "x", "--store_port", "0"], 2, "must be a port, 1 to 65535"),
         (["add-key", "a b", "--folder", "x"], 2, "must be up to 32 letters"),
         (["add-key", "../alice", "--folder", "x"], 2, "must be up to 32 letters"),
         (["add-key", "alice", "--folder", "x"], 1, "is not the folder of a server"),
@@ -930,6 +1202,52 @@ def test_mistakes_are_said_in_a_sentence(arguments, code, message, short_folder)
     assert message in finished.error
     assert "Traceback" not in finished.err
     assert list(short_folder.iterdir()) == []
+
+
+def test_local_py_on_windows_says_what_to_do_instead():
+    """There is no fcntl there, nor pwd and grp."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('fcntl', 'grp', 'pwd')); "
+        f"sys.path.insert(0, {str(SERVER)!r}); import local; local.main(sys.argv[1:])"
+    )
+    for arguments, said in (
+        (["start", "--port", "5001"], "python -m mlflow server --backend-store-uri sqlite:///"),
+        (["start", "--default-artifact-root", "a b"], '--artifacts-destination "a b" --host'),
+        (["stop"], "Ctrl-C ends"),
+    ):
+        command = [sys.executable, "-c", code, *arguments]
+        process = subprocess.run(command, capture_output=True, text=True)
+        assert process.returncode == 1 and process.stdout == ""
+        what, hint = process.stderr.splitlines()
+        assert what.startswith("error: Windows ") and hint.startswith("hint:  ") and said in hint
+    # What it prints is what is started elsewhere.
+    local = importlib.import_module("local")
+    printed = local.mlflow_server(local.build_parser().parse_args(["start", "--port", "5001"]))
+    assert printed[:3] == ["-m", "mlflow", "server"] and printed[-4:-2] == ["--port", "5001"]
+
+
+def test_local_py_says_what_is_wrong(tmp_path):
+    for text in ("", "text", "9" * 30):
+        (tmp_path / "mlflow-server-5001.pid").write_text(text)
+        error = run(SERVER / "local.py", "stop", "--port", "5001", cwd=tmp_path, code=1).error
+        assert "no server on port 5001 was started from this folder" in error
+    assert list(tmp_path.iterdir()) == []
+    for port in ("65536", "-1", "a"):
+        refused = run(SERVER / "local.py", "start", f"--port={port}", cwd=tmp_path, code=2)
+        assert f"must be a port, 1 to 65535, not '{port}'" in refused.err
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="without root there are no other accounts")
+def test_an_account_that_is_missing_or_shut_out(short_folder, server_folder, monkeypatch):
+    with pytest.raises(SystemExit, match="needs the account nobody-has-it.*\nhint:  useradd --sys"):
+        processes_module.account("nobody-has-it")
+    short_folder.chmod(0o700)
+    with pytest.raises(SystemExit, match="account nobody, .* cannot get at .*\nhint:  choose a pl"):
+        processes_module.account("nobody", short_folder)
+    monkeypatch.setattr(serve_module, "GATEWAY", "nobody-has-it")
+    with pytest.raises(SystemExit, match="(needs the account nobody-has-it|cannot get at)"):
+        serve_module.main(["start", "--folder", str(server_folder)])
+    assert not server_folder.exists()
 
 
 def test_owners_need_flask_wtf(monkeypatch, server_folder):
@@ -954,12 +1272,15 @@ def test_what_reaches_mlflow(server_folder):
     words = ["start", "--folder", str(server_folder), *ports]
     args = serve_module.build_parser().parse_args(words)
     serve_module.credentials.prepare(args.folder, args.host)
-    for name in ("logs", "run"):
+    for name in ("logs", "run", "run/mlflow"):
         (server_folder / name).mkdir()
     key = (server_folder / "keys" / "admin").read_text().strip()
-    with serve_module.Processes(server_folder, server_folder / "logs") as processes:
+    with (
+        serve_module.credentials.locked(server_folder) as lock,
+        serve_module.Processes(server_folder, server_folder / "logs", lock) as processes,
+    ):
         serve_module.start_nginx(args, processes)
-        path = server_folder / "run" / "mlflow.sock"
+        path = server_folder / "run" / "mlflow" / "mlflow.sock"
         upstream = werkzeug.serving.make_server(
             f"unix://{path}", 0, recorder, request_handler=Silent
         )
