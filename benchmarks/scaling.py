@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from train import KEEP_MEMORY, ROOT, machine, print_table  # noqa: E402 (a file beside this one)
+from train import ROOT, machine, print_table  # noqa: E402 (a file beside this one)
 
 
 def main():
@@ -95,7 +95,7 @@ def train(args, count, threads):
         *("--data_dir", os.path.abspath(args.data_dir)),
         *("--tracking_uri", "sqlite:///mlflow.db"),
     ]
-    variables = {"OMP_NUM_THREADS": str(threads), "MLFLOW_DISABLE_TELEMETRY": "true", **KEEP_MEMORY}
+    variables = {"OMP_NUM_THREADS": str(threads), "MLFLOW_DISABLE_TELEMETRY": "true"}
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.run(
             command, cwd=folder, env=os.environ | variables, stdout=subprocess.PIPE, text=True

@@ -54,8 +54,6 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}"
 cd "$PBS_O_WORKDIR"
 PER_NODE=12 # tiles
 export OMP_NUM_THREADS=8
-# Keep freed memory for the next step: a fifth faster on a CPU. With glibc, set both or neither.
-export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824
 NODES=$(sort -u "$PBS_NODEFILE" | wc -l)
 # mpiexec ends all processes when one fails.
 mpiexec -n $((NODES * PER_NODE)) --ppn "$PER_NODE" --depth "$OMP_NUM_THREADS" --cpu-bind depth \

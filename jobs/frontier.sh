@@ -57,8 +57,6 @@ export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-hsn0}" NCCL_SOCKET_IFNAME="${NC
 export MIOPEN_USER_DB_PATH="/tmp/$USER-miopen" MIOPEN_CUSTOM_CACHE_DIR="/tmp/$USER-miopen"
 
 export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
-# Keep freed memory for the next step: a fifth faster on a CPU. With glibc, set both or neither.
-export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824
 code=0
 # One process that dies ends the others: nobody waits for it until the time is up.
 srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" --gpus-per-task=1 --gpu-bind=closest \

@@ -46,8 +46,6 @@ export AM_SC_API_KEY_FILE="${AM_SC_API_KEY_FILE:-$HOME/.amsc_key}"
 # export MLFLOW_EXPERIMENT_NAME="mnist_cnn_pytorch_$USER"
 
 export OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
-# Keep freed memory for the next step: a fifth faster on a CPU. With glibc, set both or neither.
-export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824
 code=0
 # One process that dies ends the others: nobody waits for it until the time is up.
 srun --kill-on-bad-exit=1 --cpus-per-task="$OMP_NUM_THREADS" \

@@ -23,5 +23,5 @@ from .data import Split, load_data
 from .device import best_device, best_precision
 from .launchers import World
 from .loop import Epoch, Evaluation, epochs, evaluate, train_epoch
-from .networks import MNISTCNN, PIXEL_MEAN, PIXEL_STD, input_example, pip_requirements
+from .networks import INPUT, MNISTCNN, SCALINGS, input_example, pip_requirements
 from .processes import follow, in_turn, join, leave

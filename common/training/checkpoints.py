@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import shlex
 import shutil
 import tempfile
 import uuid
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import UserError, cure
 
 from .processes import loss_explained
 
@@ -86,7 +87,7 @@ class Checkpoint:
                 self.folder = Path(here, f"checkpoint-{self.launch[:8]}")
                 self._open()
                 self._save()
-            option = f" with --checkpoint {self.folder}"
+            option = f" with --checkpoint {shlex.quote(str(self.folder))}"
             if self.folder and not self.saved:
                 shutil.rmtree(self.folder, ignore_errors=True)
         if self.saved:
@@ -112,13 +113,14 @@ class Checkpoint:
             ]
         except OSError as error:
             what = f"--checkpoint {folder} cannot be used: {error.strerror}."
-            raise UserError(what, "give a folder where you may write.") from error
+            raise UserError(what, cure(error, "give a folder where you may write.")) from error
         except DAMAGED as error:
             what = f"{file} is damaged, or not a checkpoint."
             raise UserError(what, "give another --checkpoint, to train from the start.") from error
         if differing:
             what = f"{file} belongs to another training: {'; '.join(differing)}."
-            raise UserError(what, "give the same flags as then, or another --checkpoint.")
+            hint = "give the same flags as then, or another --checkpoint. On mixed nodes, "
+            raise UserError(what, f"{hint}set --precision and --device: auto differs there.")
         return state
 
     def _save(self):
@@ -137,7 +139,7 @@ class Checkpoint:
         except (OSError, RuntimeError) as error:  # RuntimeError: torch, if the disk is full
             new.unlink(missing_ok=True)
             what = f"no checkpoint can be written to {self.folder}: {error}".split("\n")[0]
-            raise UserError(what, "is the disk full, or your quota?") from error
+            raise UserError(what, cure(error, "is the disk full, or your quota?")) from error
 
 
 def _locked(folder):

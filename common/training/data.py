@@ -1,13 +1,17 @@
 """MNIST, Fashion-MNIST and the digits of scikit-learn, as tensors in memory (47 MB for MNIST)."""
 
+import contextlib
+import gzip
 import hashlib
 import os
+import pathlib
 import socket
+import zlib
 from typing import NamedTuple
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, cure
 
 
 class Split(NamedTuple):
@@ -37,12 +41,19 @@ def load_data(dataset, data_dir, train):
 
     from torchvision import datasets  # here, because it takes 1.5 s to import
 
-    cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[dataset]
+    cls = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}.get(dataset)
+    if cls is None:  # a run's own word for what it was trained on
+        raise UserError(f"there is no data set {dataset!r} here.", "--dataset says another.")
     folder = os.path.abspath(os.path.join(data_dir, cls.__name__, "raw"))
     files = [os.path.join(folder, name.removesuffix(".gz")) for name, _ in cls.resources]
-    if not all(map(os.path.isfile, files)):
-        _download(cls, dataset, os.path.abspath(data_dir))
     try:
+        for file in files:  # packed, as somebody has copied them; not if a download was cut off
+            damaged = contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error)
+            if os.path.isfile(f"{file}.gz") and not os.path.isfile(file):
+                with damaged, gzip.open(f"{file}.gz") as packed:
+                    pathlib.Path(file).write_bytes(packed.read())
+        if not all(map(os.path.isfile, files)):
+            _download(cls, dataset, os.path.abspath(data_dir))
         raw = cls(data_dir, train=train)
         images, labels = raw.data.unsqueeze(1), raw.targets
         if images.shape != (len(labels), 1, 28, 28) or labels.max() >= len(raw.classes):
@@ -52,7 +63,7 @@ def load_data(dataset, data_dir, train):
         reason = f"{type(error).__name__} {error}"
         what = f"the files in {folder} are damaged or may not be read ({reason})."
         hint = "delete that folder, to download it again, or choose another --data_dir."
-        raise UserError(what, hint) from error
+        raise UserError(what, cure(error, hint)) from error
     class_names = [name.split(" - ")[0] for name in raw.classes]
     return Split(images, labels, class_names, cls.mirrors[0]).part(slice(None))
 
@@ -82,11 +93,10 @@ def _download(cls, dataset, folder):
         cls(folder, download=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: torchvision has tried every server
         reason = " ".join(str(error).split())[:300]
-        hint = f"""on a machine with a network, run
-           python -c "from torchvision.datasets import {name}; {name}('data', download=True)"
-       and copy data/{name} into {folder},
-       or use --dataset digits, which needs no download."""
+        fetch = f"from torchvision.datasets import {name}; {name}('data', download=True)"
+        hint = f'on a machine with a network, python -c "{fetch}"; copy data/{name} into {folder}; '
+        hint += "or use --dataset digits, which needs no download."
         what = f"{dataset} is not in {folder}, and it cannot be downloaded: {reason}"
-        raise UserError(what, hint) from error
+        raise UserError(what, cure(error, hint)) from error
     finally:
         socket.setdefaulttimeout(patience)

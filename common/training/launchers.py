@@ -1,5 +1,6 @@
 """What a launcher says in environment variables: which process this is, and where all meet."""
 
+import os
 import pathlib
 import re
 from typing import NamedTuple
@@ -36,14 +37,14 @@ def find(variables):
         return World()
     rank, size, local_rank = found[0]
     numbers = (variables[rank], variables.get(size, ""))
-    here, count = (int(number) if number.isdigit() else 0 for number in numbers)
+    here, count = (int(number) if number.isdecimal() else 0 for number in numbers)
     if here >= count:
         what = f"{rank} is {variables[rank]!r} and {size} is {variables.get(size, '')!r}"
         hint = f"unset {rank} and {size} if they are left over from a launcher."
         raise UserError(f"{what}: there is no such process.", hint)
     # With srun --mpi=pmi2, PMI_RANK comes first, and Slurm alone says who is on this node.
-    local = variables.get(local_rank) or variables.get("SLURM_LOCALID") or here
-    return World(here, count, int(local))
+    local = variables.get(local_rank) or variables.get("SLURM_LOCALID") or str(here)
+    return World(here, count, int(local) if local.isdecimal() else here)
 
 
 def meeting_point(variables):
@@ -52,7 +53,7 @@ def meeting_point(variables):
     # Two jobs may share a node: each gets a port of its own, and so does each step of a job.
     digits = "".join(re.findall(r"\d+", job.split(".")[0] + variables.get("SLURM_STEP_ID", "")))
     port = variables.get("MASTER_PORT") or str(10000 + int(digits) % 20000 if digits else 29500)
-    if not port.isdigit() or not 0 < int(port) < 2**16:
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"MASTER_PORT is {port!r}, which is not a port number.", "unset it.")
     return variables.get("MASTER_ADDR") or _first_node(variables), int(port)
 
@@ -64,7 +65,8 @@ def _first_node(variables):
         return "127.0.0.1"
     nodes = variables[name]
     if name == "PBS_NODEFILE":  # a name per line
-        nodes = pathlib.Path(nodes).read_text() if pathlib.Path(nodes).is_file() else ""
+        is_file = os.path.isfile(nodes)
+        nodes = pathlib.Path(nodes).read_text(errors="replace") if is_file else ""
     # Slurm: "nid[0012-0015,0020]", "node1,node2", "r[1-2]n3".
     host = re.match(r"([^,\[\s]|\[\w[^\]]*\])*", nodes)[0]
     if not host:

@@ -1,6 +1,7 @@
 """Epochs of training and one pass of evaluation, in one process or many."""
 
 import contextlib
+import ctypes
 import math
 import random
 import time
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from common.errors import UserError
 
 from .processes import end, loss_explained
+
+MINUTE = 60  # seconds between two lines within an epoch
 
 
 class Evaluation(NamedTuple):
@@ -46,6 +49,7 @@ def epochs(
     processes (`join`) each call this, with the same arguments, and get the same scores. The epochs
     that a `Checkpoint` holds are yielded first, as they were; each further one is kept there.
     """
+    _keep_freed_memory()
     # The images stay on the device as uint8: a `DataLoader` takes longer than this network.
     device = next(model.parameters()).device
     parts = [part.to(device) for part in (train.images, train.labels)]
@@ -90,7 +94,9 @@ def train_epoch(model, optimizer, images, labels, batch_size, generator, precisi
     # Summed where the model is: reading a GPU's number at each step would make the CPU wait for it.
     sums = torch.zeros(2, device=images.device)  # loss, images recognised
     order = torch.randperm(len(images), generator=generator).to(images.device)
-    for batch in tqdm(order.split(batch_size), leave=False, disable=True if rank else None):
+    batches, said = order.split(batch_size), start
+    bar = tqdm(batches, desc="training", leave=False, disable=True if rank else None)
+    for step, batch in enumerate(bar):
         mine = _share(len(batch), rank, size)
         y = labels[batch[mine]]
         optimizer.zero_grad()
@@ -101,6 +107,9 @@ def train_epoch(model, optimizer, images, labels, batch_size, generator, precisi
         (loss * (size / len(batch))).backward()
         optimizer.step()
         sums += torch.stack((loss.detach(), (logits.detach().argmax(dim=1) == y).sum()))
+        if time.perf_counter() > said + MINUTE and bar.disable and not rank:  # into a job's log
+            said = time.perf_counter()
+            print(f"step     {step + 1}/{len(batches)}", flush=True)
     if size > 1:
         dist.all_reduce(sums)
     mean_loss, accuracy = (sums / len(images)).tolist()
@@ -113,10 +122,11 @@ def train_epoch(model, optimizer, images, labels, batch_size, generator, precisi
 
 
 @torch.inference_mode()
-def evaluate(model, images, labels, batch_size=1000):
+def evaluate(model, images, labels, batch_size=125):
     """Return the `Evaluation` of `model` on `images` and `labels`, both as for `train_epoch`.
 
-    Put a model that you trained into `eval()` first. Several processes share the images.
+    Put a model that you trained into `eval()` first. Several processes share the images. A batch
+    of 1000 takes twice as long on a CPU: its activations pass the 32 MB that glibc keeps.
     """
     rank, size = _place()
     total = torch.zeros((), device=images.device)
@@ -142,6 +152,17 @@ def _inputs(images):
     if images.shape[1] == 1:
         images = images.reshape(-1, *images.shape[2:], 1).movedim(3, 1)
     return images.contiguous(memory_format=torch.channels_last).float() / 255
+
+
+def _keep_freed_memory():
+    """Have glibc keep what a step frees for the next one: on a CPU, 6,000 page faults a step less.
+
+    It costs up to 1 GB of memory that stays with the process.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library: as it is
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, whose maximum this is
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def _place():

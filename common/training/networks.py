@@ -6,6 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the MNIST training set, pixels scaled to [0, 1]
+INPUT = "float32 pixels in [0, 1], shape (N, 1, 28, 28); the model normalises them itself"
+OTHER = "pixels normalised before: (x - {}) / {} of pixels x in [0, 1], shape (N, 1, 28, 28)"
+# What other models take: {words: (mean, deviation) to apply to pixels in [0, 1] before}.
+SCALINGS = {OTHER.format(*pair): pair for pair in ((PIXEL_MEAN, PIXEL_STD), (0.5, 0.5))}
 
 
 class MNISTCNN(nn.Module):

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from common.errors import UserError
+from common.errors import STOPPING, UserError
 
 from .launchers import find, meeting_point
 
@@ -42,7 +42,9 @@ def join():
     sys.excepthook = hook
     # The others ask process 0 for addresses to the last: it must not end before all have met.
     _wait_for_all(world, times=1)
-    signal.signal(signal.SIGTERM, _end_soon)
+    for number in STOPPING if world.rank else [signal.SIGTERM]:
+        if signal.getsignal(number) == signal.SIG_DFL:  # and not ignored, as by `nohup`
+            signal.signal(number, _end_soon)
     signal.signal(signal.SIGINT, _end_soon if world.rank else interrupt)  # process 0 reports it
     return world
 

@@ -1,5 +1,8 @@
 """The data sets as tensors, and what their files have to be."""
 
+import gzip
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import REAL_DATA, REAL_MNIST, write_mnist
@@ -48,6 +51,26 @@ def test_files_of_mnist_are_read_and_a_damaged_one_is_found_out(tmp_path):
             training.load_data("mnist", str(folder), train=False)
 
 
+def test_packed_files_are_unpacked(tmp_path, monkeypatch, capsys):
+    """As they are copied to a node without a network: all of them, or some."""
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    raw = write_mnist(tmp_path) / "MNIST" / "raw"
+    for count in (4, 3):
+        for path in [path for path in raw.iterdir() if not path.suffix][:count]:
+            Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+        read = training.load_data("mnist", str(tmp_path), train=False)
+        assert read.digest == digits(False).digest and capsys.readouterr().out == ""
+    # What is left of a download that was cut off is no such file: it is downloaded again.
+    packed = next(raw.glob("t10k-images*.gz"))
+    for content in (packed.read_bytes()[:-100], b"<html>"):
+        packed.write_bytes(content)
+        packed.with_suffix("").unlink(missing_ok=True)
+        with pytest.raises(UserError, match="is not in .* cannot be downloaded"):
+            training.load_data("mnist", str(tmp_path), train=False)
+
+
 @pytest.mark.slow
 @REAL_MNIST
 def test_fashion_mnist_is_read():
@@ -64,5 +87,5 @@ def test_fashion_mnist_is_read():
 @REAL_MNIST
 def test_normalisation_in_the_network_is_that_of_mnist():
     pixels = training.load_data("mnist", str(REAL_DATA), train=True).images.float() / 255
-    assert round(pixels.mean().item(), 4) == training.PIXEL_MEAN
-    assert round(pixels.std().item(), 4) == training.PIXEL_STD
+    assert round(pixels.mean().item(), 4) == training.networks.PIXEL_MEAN
+    assert round(pixels.std().item(), 4) == training.networks.PIXEL_STD

@@ -68,12 +68,17 @@ def test_number_without_a_count_is_an_error(name):
         {"RANK": "1", "WORLD_SIZE": ""},
         {"RANK": "5", "WORLD_SIZE": "2"},
         {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "0", "WORLD_SIZE": "\u00b2"},
     ],
 )
 def test_process_that_cannot_be(variables):
     """It would train, log nothing, and end well; or wait."""
     with pytest.raises(UserError, match="error: RANK is .*there is no such process.\nhint: "):
         find(variables)
+
+
+def test_number_on_the_node_that_is_none():
+    assert find({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "gpu0"}) == (1, 2, 1)
 
 
 def test_slurm_knows_the_node_where_pmi_does_not():
@@ -113,8 +118,10 @@ def test_meeting_point_of_pbs_and_of_the_user(tmp_path):
 def test_list_of_nodes_that_names_none(tmp_path):
     """A node file that is gone, empty, or a folder: the two lines say what to export instead."""
     (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\n\xff\xfe")
     unusable = [
-        *({"PBS_NODEFILE": str(tmp_path / name)} for name in ("gone", "empty", ".")),
+        *({"PBS_NODEFILE": str(tmp_path / name)} for name in ("gone", "empty", ".", "binary")),
+        {"PBS_NODEFILE": "x" * 9999},
         *({"SLURM_STEP_NODELIST": value} for value in (",", "[]")),
     ]
     for variables in unusable:

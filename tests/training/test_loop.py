@@ -1,8 +1,11 @@
 """The loop in one process: the same science as a textbook loop."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import REAL_DATA, REAL_MNIST, run
+from conftest import REAL_DATA, REAL_MNIST, ROOT, clean_environment, run
 
 from benchmarks.train import textbook_epoch
 from common import training
@@ -135,14 +138,54 @@ def test_bf16_multiplies_in_bfloat16_and_learns_the_same(digits):
 
 @pytest.mark.parametrize(
     ("capabilities", "taken"),
-    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "fp32"), ({}, "fp32")],
+    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32")],
 )
-def test_auto_takes_bf16_on_a_cpu_that_has_amx(capabilities, taken, monkeypatch):
+def test_auto_takes_bf16_where_an_x86_cpu_multiplies_it(capabilities, taken, monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
     assert training.best_precision("auto", cpu) == taken
     assert training.best_precision("bf16", cpu) == "bf16"
     assert training.best_precision("fp32", cpu) == "fp32"
+
+
+def test_auto_measures_on_arm():
+    """A CPU that has the instructions, and a PyTorch that does without them: bf16 is emulated."""
+    code = (
+        "import torch; from common import training\n"
+        "torch.cpu.get_capabilities = lambda: {'bf16': True}\n"
+        "print(training.best_precision('auto', torch.device('cpu')))"
+    )
+    environment = clean_environment() | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "fp32\n", done.stderr
+
+
+def test_a_line_within_a_long_epoch_where_nobody_sees_the_bar(digits, monkeypatch, capsys):
+    monkeypatch.setattr("common.training.loop.MINUTE", 0)
+    network = linear()
+    optimizer = torch.optim.Adam(network.parameters())
+    list(training.epochs(network, optimizer, *digits, 1, 100, 0))
+    assert capsys.readouterr().out == "step     1/3\nstep     2/3\nstep     3/3\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts what Linux counts")
+def test_a_step_takes_no_memory_from_the_kernel():
+    """Without glibc's two settings, each step of 64 images has some thousand page faults."""
+    code = (
+        "import resource, torch; from common import training\n"
+        "n = training.MNISTCNN(); adam = torch.optim.Adam(n.parameters())\n"
+        "x, y = torch.zeros(64 * 8, 1, 28, 28, dtype=torch.uint8), torch.zeros(64 * 8).long()\n"
+        "part = training.Split(x, y, (), '', '')\n"
+        "for epoch in training.epochs(n, adam, part, part, 3, 64, 0):\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True
+    )
+    _, second, third = map(int, done.stdout.split())
+    assert (third - second) / 8 < 500
 
 
 def test_device_that_is_not_there():

@@ -133,7 +133,7 @@ def test_torchrun_makes_one_run_with_the_losses_of_one_process(local, server, tm
     result = json.loads(out.splitlines()[-1])
     # The second process says nothing.
     words = [line.split()[0] for line in out.splitlines()[:-1]]
-    assert words[:6] == ["meet", "tracking", "run", "device", "epoch", "epoch"]
+    assert words[:7] == ["import", "meet", "tracking", "run", "device", "epoch", "epoch"]
     assert len(words) == len(set(words)) + 1
     client = mlflow.MlflowClient(server)
     (logged,) = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])

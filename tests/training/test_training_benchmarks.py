@@ -1,12 +1,13 @@
-"""The benchmarks of training: they compare equals, and run as the job files do."""
+"""The benchmarks of training: they compare equals, and leave nothing behind."""
 
 import re
 
 import mlflow
 import pytest
-from conftest import ROOT, run
+from conftest import clean_environment, run
+from PIL import Image
 
-from benchmarks.train import KEEP_MEMORY
+from benchmarks import start
 
 
 def table(finished):
@@ -19,9 +20,10 @@ def table(finished):
 def test_benchmark_of_training_compares_equals(mnist_dir, tmp_path):
     finished = run(
         *("benchmarks/train.py", "--epochs", 1, "--data_dir", mnist_dir, "--device", "cpu"),
-        *("--contenders", "this_project", "without_tracking", "textbook"),
+        *("--contenders", "this_project", "without_tracking", "textbook", "--figure", "bars.png"),
         cwd=tmp_path,
     )
+    assert Image.open(tmp_path / "bars.png").size == (1125, 480)
     rows = table(finished)
     assert [row["way"] for row in rows] == [
         *("this project", "the same without MLflow", "textbook loop")
@@ -34,7 +36,7 @@ def test_benchmark_of_training_compares_equals(mnist_dir, tmp_path):
         used = float(row["images/s"]) * work / 1e3  # GFLOP/s
         assert int(share) == pytest.approx(100 * used / float(rates[precision]), rel=0.05, abs=1)
         assert float(row["s per epoch"]) * float(row["images/s"]) == pytest.approx(1437, rel=0.02)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["bars.png"]
 
 
 @pytest.mark.slow
@@ -58,9 +60,10 @@ def test_benchmark_of_checkpoints_writes_them_and_goes_on(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_job_files_keep_memory_as_the_benchmarks_do():
-    expected = " ".join(f"{name}={value}" for name, value in KEEP_MEMORY.items())
-    jobs = list((ROOT / "jobs").glob("*.sh"))
-    assert jobs
-    for job in jobs:
-        assert f"\nexport {expected}\n" in job.read_text(), job
+@pytest.mark.slow
+def test_benchmark_of_the_start_reads_clock_and_processor_at_each_line():
+    lines = start.measured(["-c", start.BARE, "--leave"], 1, clean_environment())
+    assert [word for word, *_ in lines] == ["imported", "store", "epoch", "logged", "result", "end"]
+    for column in (1, 2):
+        times = [line[column] for line in lines]
+        assert times[0] > 0 and times == sorted(times)
