@@ -4,17 +4,18 @@ Only the standard library is imported here, so `--help` and a mistyped flag answ
 """
 
 import argparse
+import atexit
+import contextlib
 import json
 import math
 import os
+import platform
 import re
 import sys
-import traceback
+import time
 
-from common.errors import UserError
+from common.errors import NEEDED, Printed, check_packages, print_and_exit, version
 
-# What the scripts fail without, in ways that do not say so. Servers may be older.
-NEEDED = {"mlflow": [3, 17], "torch": [2, 10]}
 DATASETS = ("mnist", "fashion_mnist", "digits")
 
 
@@ -22,7 +23,17 @@ def parser(doc):
     """Return a parser whose `--help` is the script's docstring, line breaks kept."""
     # Not abbreviated: a job file's `--reg` would change its meaning when a second flag begins so.
     keep = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=keep, allow_abbrev=False)
+    return Parser(description=doc, formatter_class=keep, allow_abbrev=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """Writes an error also where torchrun prints it last, below thirty lines of its own."""
+
+    def error(self, message):
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            with contextlib.suppress(OSError), open(path, "w") as file:
+                json.dump({"message": f"error: {message}", "timestamp": time.time()}, file)
+        super().error(message)
 
 
 def add_training_arguments(parser, default_name, alias):
@@ -39,9 +50,7 @@ def add_training_arguments(parser, default_name, alias):
     add("--batch_size", type=whole_number(1), default=64, help=size)
     add("--epochs", type=whole_number(1), default=1, help=f"passes over the training set {shown}")
     add("--lr", type=learning_rate, default=0.001, help=f"learning rate of Adam {shown}")
-    add(
-        "--phase", choices=phases, default=phases[0], help=f"value of the tag project.phase {shown}"
-    )
+    add("--phase", choices=phases, default=phases[0], help=f"the tag project.phase {shown}")
     add("--register", action="store_true", help=register)
     add("--note", default="", help="description shown on the run's page (default: none)")
     add("--owner", help="value of the tag owner (default: your user name)")
@@ -50,14 +59,11 @@ def add_training_arguments(parser, default_name, alias):
     add("--device", choices=devices, default=devices[0], help=where)
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision)
     keep = "folder that keeps the training after each epoch; the same command again goes on from it"
-    add("--checkpoint", type=not_empty, metavar="DIR", help=f"{keep} (default: none)")
+    add("--checkpoint", type=path, metavar="DIR", help=f"{keep} (default: none)")
 
 
 def add_server_arguments(parser, experiment=None, flag="--experiment"):
-    """Add the flags that say which tracking server; with `experiment`, also `flag`.
-
-    Its default is `experiment`, or what MLFLOW_EXPERIMENT_NAME says.
-    """
+    """Add the flags that say which tracking server; with `experiment`, its default, also `flag`."""
     where = "$MLFLOW_TRACKING_URI, else the AmSC server if $AM_SC_API_KEY is set, else a local file"
     whom = "$MLFLOW_TRACKING_SERVER_CERT_PATH, else the public authorities"
     what = "experiment to log into, created if it does not exist (default: %(default)s)"
@@ -72,14 +78,14 @@ def add_server_arguments(parser, experiment=None, flag="--experiment"):
         add(flag, type=not_empty, default=experiment, metavar="NAME", help=what)
 
 
-def add_data_arguments(parser, dataset="mnist"):
+def add_data_arguments(parser, dataset="mnist", more=()):
     """Add `--dataset` and `--data_dir`. With `dataset=None` the run says what it was trained on."""
     default = "%(default)s" if dataset else "the one that the run was trained on"
     what = f"data set; digits needs no download (default: {default})"
     where = "folder for the data set's files, downloaded if missing (default: %(default)s)"
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default=dataset, help=what)
-    add("--data_dir", default="./data", metavar="DIR", help=where)
+    add("--dataset", choices=(*DATASETS, *more), default=dataset, help=what)
+    add("--data_dir", type=path, default="./data", metavar="DIR", help=where)
 
 
 def whole_number(minimum):
@@ -110,15 +116,27 @@ def learning_rate(text):
 
 
 def not_empty(text):
-    """Argument type: any text but an empty one, which a job file makes of an unset variable."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"must not be empty, not {text!r}")
+    """Argument type: a line that MLflow takes as a name. An unset variable makes an empty one."""
+    if not text.strip() or not text.isprintable() or len(text) > 500:
+        raise argparse.ArgumentTypeError(f"must be 1 to 500 printable characters, not {text!r}")
     return text.strip()
+
+
+def path(text):
+    """Argument type: a path, or a file's address, with a `~` as shells leave it in `--flag=~`.
+
+    Refuses a pipe or a device: to open one could take for ever.
+    """
+    start, slashes, rest = text.rpartition(":///")
+    found = os.path.expanduser(rest if slashes else not_empty(text))
+    if os.path.exists(found) and not (os.path.isfile(found) or os.path.isdir(found)):
+        raise argparse.ArgumentTypeError(f"must be a file, not a pipe or a device: {text!r}")
+    return start + slashes + found
 
 
 def model_name(text):
     """Argument type: a name that the registry accepts, and that fits into a `models:/` address."""
-    if not re.fullmatch(r"[\w.+-]([\w.+ -]{0,253}[\w.+-])?", text):
+    if text in (".", "..") or not re.fullmatch(r"[\w.+-]([\w.+ -]{0,253}[\w.+-])?", text):
         what = f"must be letters, digits, blanks within, and any of _ . + -, not {text!r}"
         raise argparse.ArgumentTypeError(what)
     return text
@@ -139,23 +157,35 @@ def run(main):
     Any other error keeps its traceback; secrets in it are struck out.
     """
     sys.excepthook = print_and_exit
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's may not be known here
+    sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal or locale cannot show
     if not {"-h", "--help"} & set(sys.argv):
         check_packages()
+        guard()
+    done = []
+    atexit.register(_end, done)  # the first to be registered runs last
     main()
+    done.append(True)
 
 
-def check_packages():
-    """Raise UserError if a package is missing or too old, before anything heavy is imported."""
-    from importlib import metadata, util
+def guard():
+    """Keep secrets and control characters out of what this process prints from now on."""
+    sys.stdout, sys.stderr = Printed(sys.stdout), Printed(sys.stderr, one_line=False)
 
-    for name, needed in NEEDED.items():
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found = "" if util.find_spec(name) else "none"  # "": by another name, not judged
-        if found and [int(n) for n in re.findall(r"\d+", found)[:2]] < needed:
-            what = f"{name} {needed[0]}.{needed[1]} or newer is needed, and {found} is installed."
-            raise UserError(what, "pip install -r requirements.txt, in this Python's environment.")
+
+def _end(done):
+    """After a success, spare the 2 s in which the interpreter takes torch and MLflow apart."""
+    if done:
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def say_imports():
+    """Say what is imported next, which takes seconds; of several processes, only the first."""
+    ranks = [value for name, value in os.environ.items() if re.search("RANK(ID)?$|PROCID$", name)]
+    if not any(rank.strip("0") for rank in ranks):
+        names = [f"{name} {version(name)}" for name in NEEDED]
+        print(f"import   {'  '.join(names)}  Python {platform.python_version()}", flush=True)
 
 
 def print_result(**values):
@@ -167,21 +197,3 @@ def print_result(**values):
         if isinstance(value, float) and not math.isfinite(value):
             values[name] = None
     print(json.dumps(values), flush=True)
-
-
-def print_and_exit(kind, error, trace):
-    """The hook that `run` sets: print what ended the script, and exit if it is a UserError."""
-    if issubclass(kind, KeyboardInterrupt):  # Python exits as a shell expects of Ctrl-C
-        print("error: stopped by Ctrl-C.", file=sys.stderr, flush=True)
-        return
-    failure, text = error, "".join(traceback.format_exception(kind, error, trace))
-    if "mlflow" in sys.modules:  # else there has been no server to fail, and no secret to hide
-        from common import connection
-
-        failure, text = connection.diagnose(error) or error, connection.without_secrets(text)
-    kept = getattr(error, "kept", "")  # what `training.Checkpoint` says of the finished epochs
-    if not isinstance(failure, UserError):
-        print(f"{text}{kept}", file=sys.stderr, flush=True)
-        return
-    print(f"{failure} {kept}".rstrip(), file=sys.stderr, flush=True)
-    raise SystemExit(failure.code)  # Python takes the exit code from here, too

@@ -12,6 +12,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -27,9 +28,18 @@ from gateway import Gateway
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"  # real MNIST, where a machine has it
 KEY = "test-key-0123456789"
+# A suite that was started with `nohup`, or by a script in the background, inherits these as
+# ignored, and so would every script that it starts.
+for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, 0)):
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, handler)
 SECONDS = 100  # MLflow by itself would take longer; on a busy machine, importing it takes most
 
-REAL_MNIST = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no real MNIST in {REAL_DATA}")
+FILL = f"from torchvision.datasets import MNIST; MNIST('{REAL_DATA}', download=True)"
+REAL_MNIST = pytest.mark.skipif(
+    not REAL_DATA.is_dir(),
+    reason=f'no real MNIST in {REAL_DATA}, which this fills: python -c "{FILL}"',
+)
 
 SCRIPTS = (
     "train_mnist_mlflow.py",
@@ -433,6 +443,36 @@ def box_variables(box, tls):
         "MLFLOW_TRACKING_SERVER_CERT_PATH": str(tls[1]),
         "AM_SC_API_KEY": KEY,
     }
+
+
+@contextlib.contextmanager
+def other_user(number=12345, groups=()):
+    """Within the block this process is another user, for what files it may read and write.
+
+    Only what is imported already can be used: that user may not read the interpreter's files.
+    """
+    if os.name != "posix" or os.getuid() != 0:
+        pytest.skip("only root can become another user")
+    own = os.getgroups()
+    os.setgroups(groups)
+    os.setegid(groups[0] if groups else number)
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(own)
+
+
+@pytest.fixture
+def public(monkeypatch):
+    """A folder that other users reach, as they do not those of pytest, and may not write to."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        with monkeypatch.context() as inside:
+            inside.chdir(folder)
+            yield Path(folder)
 
 
 @pytest.fixture

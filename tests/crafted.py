@@ -312,6 +312,16 @@ def expanding_settings(folder, payload):
     (folder / "MLmodel").write_text("\n".join([*lines, settings]))
 
 
+def expanding_flavors(folder, payload):
+    """The same where the message that refuses it would repeat the text."""
+    lines = [
+        "a0: &a0 [x]",
+        *(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]" for i in range(12)),
+    ]
+    settings = (folder / "MLmodel").read_text().replace("flavors:", "flavors: *a12\nothers:")
+    (folder / "MLmodel").write_text("\n".join([*lines, settings]))
+
+
 def resources_from_a_file(folder, payload):
     """MLflow reads the file that they name when it reads MLmodel."""
     with (folder / "MLmodel").open("a") as file:
@@ -348,6 +358,7 @@ STOPPED = (
     *(older_weights, object_among_constants, weight_as_a_pickle, compiled_library, whole_pickle),
     *(model_data_elsewhere, foreign_loader, linked_archive, two_records_of_a_name),
     *(declared_safe_by_others, graph_as_an_argument, weight_that_is_an_attribute),
-    *(tensor_called_self, unchecked_index, expanding_settings, resources_from_a_file),
+    *(tensor_called_self, unchecked_index, expanding_settings, expanding_flavors),
+    resources_from_a_file,
     *(sparse_operation, sparse_layout, tuples_of_one_tuple),
 )

@@ -28,6 +28,7 @@ USABLE = re.compile(r"https?://|sqlite(\+\w+)?:///[^:?]|(postgresql|mysql|mssql)
 def address(tracking_uri=None):
     """Return (the tracking address, where it comes from). Raises UserError if it cannot be used."""
     uri, reason = _choose(tracking_uri)
+    uri = re.sub("(?<=:///)~[^/]*", lambda home: os.path.expanduser(home[0]), uri)
     if not _is_usable(uri):  # and not printed: it may hold a password anywhere
         what = f"the tracking address ({reason}) is impossible, or holds a password or a query."
         hint = f"use https://HOST[:PORT] or {LOCAL_URI}; a login goes into "
@@ -40,10 +41,7 @@ def address(tracking_uri=None):
 
 def printable(uri):
     """Return the address without its secrets: passwords stand before the @ or in the query."""
-    parts = urlsplit(uri)
-    if parts.scheme.startswith("sqlite") or "://" not in uri:
-        return uri
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+    return re.split("[?#]", re.sub(r"(?<=://)[^/@]*(:[^@]*)?@", "", uri))[0]
 
 
 def proxy_of(uri):
@@ -95,9 +93,12 @@ def _check_variables(uri):
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         what = f"MLFLOW_RUN_ID is set, so MLflow would write into the run {run_id} again."
         raise UserError(what, "unset MLFLOW_RUN_ID")
-    for name in (*FIRST_REQUESTS, "MLFLOW_TRACKING_INSECURE_TLS"):
+    for name in filter(re.compile("_?MLFLOW_").match, list(os.environ)):
         try:
-            getattr(mlflow.environment_variables, name).get()
+            variable = vars(mlflow.environment_variables).get(name)
+            value = variable and variable.get()  # MLflow reads some only after the training
+            if name in FIRST_REQUESTS and not value >= name.endswith("TIMEOUT"):
+                raise ValueError(f"{value} is too small")
         except ValueError as error:
             raise UserError(f"{name} has an impossible value: {error}.", f"unset {name}") from error
 

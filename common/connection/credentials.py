@@ -99,6 +99,13 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
         return self.last[name]
 
     def _remember(self, response, stream=False, **_):
+        # MLflow takes any answer below 400 for success, and what was sent would be lost.
+        if response.ok and "/mlflow-artifacts/" in response.url:
+            if response.status_code >= 300:
+                self.stopped.append(requests.HTTPError("a redirect", response=response))
+                raise self.stopped[-1]
+            if not stream and response.content.lstrip().startswith(b"<"):
+                raise requests.exceptions.ContentDecodingError(undocumented.NOT_JSON)
         if not response.ok and not stream:
             answer = ""
             with contextlib.suppress(requests.JSONDecodeError):
@@ -166,7 +173,7 @@ def without_secrets(text):
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     values.append(base64.b64encode(f"{user}:{values[-1]}".encode()).decode() if user else "")
     for value in map(str.strip, values):
-        if len(value) > 5:  # a shorter one protects nothing, and stands in many words
+        if len(value) > 7:  # a shorter one protects nothing, and may stand in any result
             for written in (value, html.escape(value), json.dumps(value)[1:-1]):
                 text = text.replace(written, "<secret>")
     return text

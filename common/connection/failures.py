@@ -2,13 +2,14 @@
 
 import os
 import re
+from shlex import quote
 from urllib.parse import urlsplit
 
 import mlflow
 import requests
 from mlflow.exceptions import MlflowException
 
-from common.errors import TRY_AGAIN, UserError
+from common.errors import TRY_AGAIN, UserError, plain
 
 from . import undocumented
 from .address import printable
@@ -59,6 +60,12 @@ MESSAGES = {
     "if that does not say what to change, show it to those who run the server.",
 }
 LATER = ("no_server", "timeout", "dropped", "too_many_requests", "unavailable", "server_error")
+DATABASE = {  # what a database says (SQLite, mostly), and what helps
+    "locked": "another process is writing: try again; of many jobs, give each a file of its own.",
+    "readonly|unable to open": "you have to be allowed to write to both the file and its folder.",
+    "full|disk I/O": "make room there: the filesystem is full, or your quota used up.",
+    "": "is it damaged, of another version of MLflow, or, on a server, away?",
+}
 STATUS = {413: "too_large", 429: "too_many_requests", 401: "unauthenticated", 403: "forbidden"}
 STATUS |= dict.fromkeys((404, 405, 410), "no_mlflow")
 STATUS |= dict.fromkeys((408, 502, 503, 504), "unavailable")
@@ -73,10 +80,14 @@ class Failure(UserError):  # noqa: N818 (what a server does; not every one is an
 
 
 def diagnose(error):
-    """Return the `Failure` that `error` means, or None if it is not the server that failed.
-
-    A UserError that MLflow has wrapped is returned as it is.
-    """
+    """Return the `Failure`, or wrapped UserError, that `error` means; None if no server failed."""
+    # SQLAlchemy's exceptions, which MLflow may wrap, hold the database driver's own as `orig`.
+    wrapped = error.__cause__ if isinstance(error, MlflowException) else error
+    if said := _plain(getattr(wrapped, "orig", None) or "")[:300].rstrip("."):
+        what = f"the database {printable(mlflow.get_tracking_uri())} cannot be used: {said}."
+        hint = next(DATABASE[words] for words in DATABASE if re.search(words, said))
+        later = re.search("locked|refused|timed? ?out|closed|starting", said)
+        return Failure(what, hint, TRY_AGAIN if later else 1, "database")
     if not isinstance(error, (MlflowException, requests.RequestException)):
         return error if isinstance(error, UserError) else None
     causes = []
@@ -84,18 +95,18 @@ def diagnose(error):
         causes.append(error)
         error = error.__cause__ or error.__context__
     text = _plain(" ".join(str(cause) for cause in causes))
-    told = [cause for cause in causes if isinstance(cause, UserError)]
     # MLflow fetches files in threads, and keeps no more than the text of what goes wrong there.
-    told += [stopped for stopped in CREDENTIALS.stopped if _plain(stopped.what) in text]
+    causes += [e for e in CREDENTIALS.stopped if _plain(getattr(e, "what", e)) in text]
     if undocumented.SWALLOWED in text:
-        told += list(CREDENTIALS.stopped)[-1:]
+        causes += list(CREDENTIALS.stopped)[-1:]
+    told = [cause for cause in causes if isinstance(cause, UserError)]
     return told[0] if told else _broken_connection(causes, text) or _bad_answer(causes, text)
 
 
 def _failure(kind, code=None, **words):
     words |= {"address": printable(mlflow.get_tracking_uri())}
     workspace = os.environ.get("MLFLOW_WORKSPACE")
-    words |= {"workspace": workspace, "experiment": CREDENTIALS.experiment}
+    words |= {"workspace": workspace, "experiment": quote(CREDENTIALS.experiment or "")}
     words |= {"role": f", or for a role in the workspace {workspace}" if workspace else ""}
     what, hint = (line.format(**words) for line in MESSAGES[kind].split("\n"))
     return Failure(what, hint, code or (TRY_AGAIN if kind in LATER else 1), kind)
@@ -183,6 +194,4 @@ def _bad_answer(causes, text):
 
 def _plain(text):
     """Return a server's words in one line, without secrets, escape codes, control characters."""
-    text = re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*)", "", str(text))
-    text = " ".join(text.split())
-    return without_secrets("".join(character for character in text if character.isprintable()))
+    return without_secrets(" ".join(plain(str(text), len(str(text))).split()))

@@ -2,8 +2,8 @@
 
 import concurrent.futures
 import contextlib
+import logging
 import os
-import sys
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -48,8 +48,11 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None, workspace=None):
         existing = ask_server(experiment)
     else:
         reason += f"; no workspaces here, so not in {where}" if where else ""
-        with _prepare_sqlite(uri) if uri.startswith("sqlite") else contextlib.nullcontext():
+        with _prepare_sqlite(uri) if uri.startswith("sqlite") else contextlib.nullcontext() as file:
             print(f"tracking {printable(uri)}  ({reason})", flush=True)
+            logging.getLogger("mlflow.store").setLevel("CRITICAL")  # its tracebacks: raised as well
+            if file and not os.fstat(file.fileno()).st_size:  # it takes MLflow some seconds
+                print(f"store    creating {file.name}", flush=True)
             existing = _open_store(uri, experiment)
     if existing and existing.lifecycle_stage == "deleted":
         hint = f"mlflow experiments restore -x {existing.experiment_id}, or another --experiment."
@@ -67,8 +70,6 @@ def settle(workspace=None):
         os.environ.setdefault(name, value)
     # Not the user's choice: `requests` would take X-Api-Key along to any host it is sent on to.
     os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
-    if not sys.stderr.isatty():
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if workspace := (workspace or os.environ.pop(WORKSPACE, "")).strip():
         os.environ[WORKSPACE] = workspace
     CREDENTIALS.register()
@@ -141,10 +142,12 @@ def _prepare_sqlite(uri):
     """
     path = Path(unquote(urlsplit(uri).path[1:])).absolute()
     try:
+        if path.exists() and not path.is_file():  # /dev/null, say, or a pipe, which would block
+            raise ValueError("it is no file")
         file = path.open("a+b")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         hint = "change to a folder of your own, or give --tracking_uri sqlite:////PATH/mlflow.db"
-        what = f"the local store {path} cannot be written: {error.strerror}."
+        what = f"the local store {path} cannot be written: {getattr(error, 'strerror', error)}."
         raise UserError(what, hint) from error
     file.seek(0)
     if file.read(16) not in (b"", b"SQLite format 3\0"):
@@ -159,9 +162,13 @@ def _prepare_sqlite(uri):
 
 def _open_store(uri, experiment):
     """Return the experiment of a database if it exists; or raise UserError."""
+    from sqlalchemy.exc import SQLAlchemyError  # here: only databases need the package
+
     try:
         return _look_up(experiment)
-    except (ImportError, MlflowException) as error:
+    except (ImportError, MlflowException, SQLAlchemyError) as error:
+        if hasattr(error, "orig") or hasattr(error.__cause__, "orig"):  # `diagnose` has more
+            raise
         text = " ".join(str(error).split())[:300]
         hint = "is it from a newer MLflow, or is a database's driver to be installed with pip?"
         raise UserError(f"the store {printable(uri)} cannot be opened: {text}.", hint) from error

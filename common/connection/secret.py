@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from shlex import quote
 
 from common.errors import UserError
 
@@ -48,7 +49,7 @@ def _read(path, name):
                 break
             with open(path, encoding="ascii", errors="replace") as file:
                 if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
-                    hint = f"chmod 600 {path}; and if others use this machine, get a new {kind}."
+                    hint = f"chmod 600 {quote(path)}; and if others were here, get a new {kind}."
                     what = f"the {kind} file {path} is open to others than its owner."
                     raise UserError(what, hint)
                 if value := file.read().strip():

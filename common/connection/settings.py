@@ -28,6 +28,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     # MLflow tries again for some 4 minutes. It would also wait as long as a server says: hours.
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # three of them stay behind for each model
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the scripts print the run's address first
     "GIT_PYTHON_REFRESH": "quiet",  # no three screens of warning on a machine without git
 }
@@ -61,8 +62,8 @@ def trust(ca_bundle=None):
     Raises UserError if that file is no such bundle, or MLFLOW_TRACKING_INSECURE_TLS is set as well.
     """
     name = "MLFLOW_TRACKING_SERVER_CERT_PATH"
-    if ca_bundle is not None:
-        os.environ[name] = ca_bundle
+    if given := ca_bundle or os.environ.get(name):
+        os.environ[name] = os.path.expanduser(given)  # a shell does not, after a =
     # An empty value would switch verification off without a word.
     if not os.environ.get(name, "unset"):
         del os.environ[name]
@@ -77,6 +78,8 @@ def trust(ca_bundle=None):
         path = path or os.environ.get(name)
     try:
         if path and not os.path.isdir(path):
+            if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+                raise OSError("it is no file")
             ssl.create_default_context(cafile=path)
         if path := os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"):
             ssl.create_default_context().load_cert_chain(path)

@@ -4,7 +4,8 @@ For your own training loop, copy this folder, common/errors.py and an empty comm
 
     from common import runs
 
-    runs.check_export(network, input_example)  # before training: can MLflow store it?
+    runs.check_export(network, input_example)  # before training: can MLflow store it,
+    runs.check_place(experiment, network)  # and files be written where they will go?
     with mlflow.start_run(), runs.always_ended():  # FINISHED, FAILED or KILLED; never a zombie
         mlflow.set_tags({**runs.git_tags(__file__), **runs.job_tags()})
 
@@ -15,7 +16,7 @@ need, and its line below.
 """
 
 from .ending import always_ended
-from .export import check_export
+from .export import check_export, check_place
 from .figures import confusion_matrix_figure
 from .launches import one_run, one_version, patiently, ready_model
 from .lookup import (
@@ -24,11 +25,13 @@ from .lookup import (
     existing_run,
     finished_run,
     model_uri,
+    moved,
     run_address,
 )
 from .predictions import (
     PREDICTIONS,
     check_predictions,
+    facts,
     print_samples,
     record_predictions,
     recorded_dataset,

@@ -12,16 +12,18 @@ import traceback
 import mlflow
 from mlflow.exceptions import MlflowException
 
+from common.errors import STOPPING
+
 
 @contextlib.contextmanager
 def always_ended():
     """Within `with mlflow.start_run()`: end the run for certain, and in bounded time.
 
-    KILLED on SIGTERM, which a batch system sends when the time is up, and on Ctrl-C; the process
-    exits with 143 or 130, as shells expect. FAILED on an error, which is raised again: `start_run`
-    by itself would wait minutes for a server that is away, and then raise another one. Call it in
-    the main thread. A process that is killed outright, or hangs in C code until it is, leaves its
-    run RUNNING; with a checkpoint, the next job goes on with it.
+    KILLED on Ctrl-C and what else of `STOPPING` would end the process, which exits with 128 and the
+    signal's number. FAILED on an error, which is raised again: `start_run` by itself would wait
+    minutes for a server that is away, and then raise another one. Call it in the main thread. A
+    process that is killed outright, or hangs in C code until it is, leaves its run RUNNING; with a
+    checkpoint, the next job goes on with it.
     """
     run_id = mlflow.active_run().info.run_id
     received = []
@@ -42,13 +44,18 @@ def always_ended():
         received.clear()
         threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
-    previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    def ends(number):  # and is not ignored, as by `nohup`, nor handled by a program of one's own
+        handler = signal.getsignal(number)
+        default = handler in (signal.SIG_DFL, signal.default_int_handler)
+        return default or (number == signal.SIGTERM and callable(handler))
+
+    previous = {number: signal.signal(number, stop) for number in filter(ends, STOPPING)}
     hook, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield
     except BaseException as error:
         # The exit codes come up from a nested run that received the signal.
-        stopped = isinstance(error, SystemExit) and error.code in (130, 143)
+        stopped = isinstance(error, SystemExit) and error.code in [128 + n for n in STOPPING]
         status = "KILLED" if received or stopped else "FAILED"
         if not received:  # torchrun may send SIGTERM just now: the run is ended first
             for number in previous:

@@ -1,6 +1,34 @@
-"""Can the network be stored at all? Found out before the first epoch, not after the last."""
+"""Can the model be stored at all? Found out before the first epoch, not after the last."""
 
-from common.errors import UserError
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import mlflow
+
+from common.errors import UserError, check_folder
+
+
+def check_place(experiment, network=None):
+    """Raise UserError if files cannot be written to TMPDIR, where MLflow makes them, and from there
+    to where the experiment keeps them. A folder of this machine is printed, unless it is beside a
+    local store: a server may name any, and so may a database that was copied.
+    """
+    tensors = network.state_dict().values() if network else ()
+    size = 2**20 + sum(tensor.nbytes for tensor in tensors)
+    check_folder(tempfile.gettempdir(), "the folder for temporary files (TMPDIR)", size)
+    location = urlsplit(experiment.artifact_location)
+    if location.scheme not in ("", "file"):
+        return
+    folder = Path(url2pathname(location.path)).absolute()
+    store = Path(mlflow.get_tracking_uri().rpartition(":///")[2]).absolute()
+    if store.parent not in folder.parents:
+        print(f"files    {folder}", flush=True)
+    hint = "ask for a server that takes files itself (--serve-artifacts); beside a local store, "
+    hint += "another --experiment gets a folder of its own."
+    for part in (folder, folder / "models"):
+        check_folder(part, "the folder for the experiment's files", size, hint)
 
 
 def check_export(network, input_example):

@@ -2,6 +2,7 @@
 
 import os
 import time
+from shlex import quote
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -69,7 +70,7 @@ def check_registrable(model_name, model_uri=""):
     """
     client, model_id = mlflow.MlflowClient(), model_uri.removeprefix("models:/")
     whose = f"the registered model {model_name}"
-    hint = f"--model_name {model_name}_$USER, or ask its owner for the permission EDIT."
+    hint = f"--model_name {quote(model_name)}_$USER, or ask its owner for the permission EDIT."
     try:
         try:
             client.delete_registered_model_tag(model_name, NO_TAG)
@@ -100,11 +101,22 @@ def alias_version(model_name, alias):
         return None
 
 
+def moved(version, alias, before):
+    """Print the line `alias`, which says if version `before` was of other data; return a dict."""
+    name, number, new = version.name, str(version.version), version.tags.get("dataset")
+    old = before and mlflow.MlflowClient().get_model_version(name, before).tags.get("dataset")
+    other = f"  (trained on other data: {old} -> {new})" if old and new not in (None, old) else ""
+    print(f"alias    {alias}  version {before or 'none'} -> {number}{other}", flush=True)
+    result = {"model_name": name, "model_version": number, "model_uri": f"models:/{name}/{number}"}
+    return result | {"alias": alias, "previous_version": before}
+
+
 def run_address(run):
-    """Return the address of the run's page on a server, or the command that opens a local store."""
-    uri = mlflow.get_tracking_uri()
-    if not uri.startswith("http"):
-        return "mlflow ui --backend-store-uri " + (uri if uri.startswith("sqlite") else "URI")
-    where = os.environ.get("MLFLOW_WORKSPACE")
-    page = f"{uri.rstrip('/')}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-    return f"{page}?workspace={where}" if where else page
+    """Return the experiment's name and the run's page; of a local store, with what opens it."""
+    name = mlflow.get_experiment(run.info.experiment_id).name
+    server, where = mlflow.get_tracking_uri().rstrip("/"), os.environ.get("MLFLOW_WORKSPACE")
+    if not server.startswith("http"):
+        store = quote(server) if server.startswith("sqlite") else "URI"
+        server = f"mlflow ui --backend-store-uri {store}  # http://127.0.0.1:5000"
+    page = f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"experiment {name}  {page}" + (f"?workspace={where}" if where else "")

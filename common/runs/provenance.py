@@ -2,9 +2,10 @@
 
 import getpass
 import os
+import re
 import socket
 import subprocess
-from pathlib import Path
+import sys
 
 # The variables in which each scheduler tells its jobs their id and their name.
 SCHEDULERS = {
@@ -25,24 +26,32 @@ def user():
 def git_tags(script):
     """Return the tags git.commit, git.branch and git.dirty of the checkout that `script` lies in.
 
-    The result is empty without git, outside a checkout, and in one that git does not trust, because
-    it is another user's. `git.dirty` is "true" if a tracked file differs from the commit.
+    The result is empty without git, and if no commit has the script. `git.dirty` is "true" if that
+    or another tracked file differs from the commit.
     """
+    script = os.path.realpath(script)
+    # In a hook of git's, say, GIT_DIR names another repository.
+    variables = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
+    how = {"env": variables | {"LC_ALL": "C"}, "capture_output": True, "check": True}
+    # The time limit is for shared filesystems, where looking through a checkout can be slow.
+    how |= {"encoding": "utf-8", "errors": "replace", "timeout": 10}
 
     def git(*arguments):
-        command = ["git", "-C", str(Path(script).resolve().parent), *arguments]
-        # The time limit is for shared filesystems, where looking through a checkout can be slow.
-        return subprocess.check_output(
-            command, stderr=subprocess.PIPE, text=True, timeout=10
-        ).strip()
+        command = ["git", "--no-optional-locks", "-C", os.path.dirname(script), *arguments]
+        return subprocess.run(command, **how).stdout.strip()
 
     try:
+        committed = git("rev-parse", f"HEAD:./{os.path.basename(script)}")  # fails if it is in none
+        same = committed == git("hash-object", script)  # git can be told not to look at a file
+        same = same and not git("status", "--porcelain", "--untracked-files=no")
         return {
             "git.commit": git("rev-parse", "HEAD"),
             "git.branch": git("rev-parse", "--abbrev-ref", "HEAD"),
-            "git.dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower(),
+            "git.dirty": str(not same).lower(),
         }
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        if found := re.search("git config .*safe.directory .*", getattr(error, "stderr", "") or ""):
+            print(f"warning: git.commit is unknown until you type: {found[0]}", file=sys.stderr)
         return {}
 
 

@@ -4,7 +4,7 @@ To use it in a project of your own, copy this folder, common/errors.py and an em
 common/__init__.py; call it after `from common import storage`. If you want only one of these
 things, leave the other files out, together with their lines below:
 
-    load_weights(network, path)                foreign weights, no code run: weights, damage
+    load_weights(network, path)                foreign weights, no code run: weights, damage, layout
     network = map_weights(Network, path)       at once, whatever their size: mapping, layout, too
     with storage.checked_copy(uri) as folder:  a colleague's model, looked at before it is loaded:
         mlflow.pytorch.load_model(folder)      inspection, program, layout, damage
@@ -19,6 +19,7 @@ things, leave the other files out, together with their lines below:
 from .files import of_alias, of_model, recorded, sha256, throughput, verify
 from .folders import (
     check_space,
+    claim,
     open_to_group,
     path_of,
     place_experiment,
@@ -29,5 +30,5 @@ from .folders import (
 from .inspection import check_model, checked_copy
 from .layout import MODEL_FILE
 from .mapping import map_weights
-from .weights import load_weights
+from .weights import check_numbers, load_weights
 from .writing import write_model

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 # Private to PyTorch: the reader that loads an archive. If it goes, no model can be checked.
 from torch._C import PyTorchFileReader
 
-from common.errors import UserError
+from common.errors import UserError, cure
 
 from . import layout
 from .damage import DAMAGED, reason, require
@@ -55,7 +55,7 @@ def checked_copy(model_uri):
     """Download the model to a temporary folder, check it, and yield the folder to load it from.
 
     What is loaded is the copy that was checked, so nobody can change it in between. It is removed
-    at the end of the block; the loaded model does not need it.
+    at the end of the block; the loaded model does not need it. What fails in the block is reported.
     """
     with tempfile.TemporaryDirectory() as parent:
         folder = mlflow.artifacts.download_artifacts(model_uri, dst_path=parent)
@@ -70,8 +70,10 @@ def checked_copy(model_uri):
         try:
             yield folder
         except (*DAMAGED, OSError, ImportError, MlflowException) as error:
-            what = f"the model {model_uri} cannot be loaded: {reason(error)}."
-            raise UserError(what, "it is damaged, or of a newer PyTorch or MLflow.") from error
+            what = f"the model {model_uri} cannot be loaded or used here: {reason(error)}."
+            hint = "it is damaged, of a newer PyTorch or MLflow, or --dataset is not its own; "
+            hint += "or a package is not installed."
+            raise UserError(what, cure(error, hint)) from error
 
 
 def check_model(path, name=None):
@@ -85,12 +87,16 @@ def check_model(path, name=None):
         if path.is_dir():
             _check_folder(path)
         _check_records(path / layout.MODEL_FILE if path.is_dir() else path)
-    except (*DAMAGED, OSError, yaml.YAMLError) as error:
-        raise UserError(
-            f"the model {name or path} may run code when it is loaded: {reason(error)}.",
-            "have its author train it again with a script of this project. To run whatever is in "
-            "it, as you and with your keys: export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true",
-        ) from error
+    except OSError as error:
+        what = f"the model {name or path} cannot be read: {error.strerror or error}."
+        raise UserError(what, cure(error, "is a part of it gone, or a filesystem away?")) from error
+    except (*DAMAGED, yaml.YAMLError) as error:
+        what = f"the model {name or path} may run code when it is loaded: {reason(error)}."
+        hint = "have its author train it again with a script of this project"
+        if (path / "data" / "model.pth").exists():  # a pickle, as MLflow stores it
+            hint += ". To run it, as you and with your keys: export "
+            hint += "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true"
+        raise UserError(what, f"{hint} (docs/troubleshooting.md has more).") from error
 
 
 def _check_folder(folder):
@@ -102,7 +108,11 @@ def _check_folder(folder):
     description = yaml.safe_load((folder / "MLmodel").read_text(encoding="ascii"))
     require(not description.get("resources"), "MLmodel names resources, which may be a file")
     flavors = description["flavors"]
-    require("pytorch" in flavors, f"it is of the flavor {', '.join(map(str, flavors))}")
+    require(type(flavors) is dict, "its flavors are no dict")  # aliases can make lists of GB
+    if "pytorch" not in flavors:
+        names = ", ".join(filter(str.isprintable, map(str, flavors)))[:200]
+        what = f"the model is not one of PyTorch's: it is of the flavor {names}."
+        raise UserError(what, "mlflow.FLAVOR.load_model loads it, and runs what is in it.")
     for flavor, settings in flavors.items():
         require(flavor in SETTINGS, f"it is of the flavor {flavor}")
         for key, values in SETTINGS[flavor].items():
@@ -120,7 +130,10 @@ def _check_records(path):
         reader = PyTorchFileReader(str(path))
         records = set(reader.get_all_records())
     except RuntimeError:  # its words are PyTorch's own source code
-        raise ValueError("its archive cannot be read") from None
+        with path.open("rb") as file:  # if it is gone, or somebody else's, that is the reason
+            if zipfile.is_zipfile(file):
+                raise ValueError("its archive is of another kind") from None
+        raise OSError("its archive is cut short, or damaged") from None
     # If PyTorch's reader fails, torch.export.load reads the older format with Python's zipfile:
     # both have to see the same records, each once.
     with zipfile.ZipFile(path) as archive:

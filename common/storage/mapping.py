@@ -17,7 +17,7 @@ from common.errors import UserError
 
 from . import layout
 from .damage import DAMAGED, reason, require
-from .weights import differences, read_weights, refuse
+from .weights import differences, read_weights, refuse, without_wrappers
 
 
 def map_weights(build, path):
@@ -30,6 +30,7 @@ def map_weights(build, path):
     # On the device "meta" a network has shapes and no memory.
     with torch.device("meta"):
         network = build().eval()
+    state_dict = without_wrappers(state_dict, network)
     problems = differences(network, state_dict, "dtype")  # mapping cannot convert
     if not problems:
         network.load_state_dict(state_dict, assign=True)

@@ -1,11 +1,11 @@
 """Weights from a file that somebody else made, read without running any code from it."""
 
 import torch
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from common.errors import UserError
 
 from .damage import DAMAGED, reason
+from .layout import PT2_TYPES
 
 # Where training scripts put the state dict when they save more than it.
 CHECKPOINT_KEYS = ("model_state_dict", "state_dict", "model")
@@ -14,20 +14,24 @@ SAVE = "save the weights alone: torch.save(model.state_dict(), path)"
 
 def load_weights(network, path):
     """Load the weights in the file `path` into `network`; the UserError names what differs."""
-    state_dict = read_weights(path)
-    problems = differences(network, state_dict)
-    for name, tensor in state_dict.items():
-        plain = tensor.is_floating_point() and tensor.layout == torch.strided
-        if not plain or tensor.is_meta or not tensor.isfinite().all():
-            problems.append(f"{name} is no dense tensor of finite real numbers")
-    refuse(problems, network, path)
+    state_dict = without_wrappers(read_weights(path), network)
+    refuse(differences(network, state_dict), network, path)
     network.load_state_dict(state_dict)
+    check_numbers(network, path)
+
+
+def check_numbers(network, path):
+    """Raise UserError unless the weights, which come from `path`, are finite. It reads them all."""
+    weights = network.state_dict().items()
+    if bad := [name for name, weight in weights if not weight.isfinite().all()]:
+        what = f"{path} holds numbers that are not finite: {', '.join(bad[:12])}."
+        raise UserError(what, "its training diverged, or it is damaged: bring another file.")
 
 
 def read_weights(path, mapped=False):
     """Return the state dict in a .pth, .pt or .safetensors file: a dict of name to CPU tensor.
 
-    It is taken out of a checkpoint, and `module.` out of its names. `mapped` reads nothing yet.
+    It is taken out of a checkpoint. `mapped` reads nothing yet.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -48,10 +52,14 @@ def read_weights(path, mapped=False):
     if isinstance(content, dict):
         state_dict, found = dict(content), f"a dict of {', '.join(map(str, content))}"[:200]
         names = all(isinstance(name, str) for name in state_dict)
-        if names and all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
-            consume_prefix_in_state_dict_if_present(state_dict, "module.")
+        if names and all(map(_is_plain, state_dict.values())):
             return state_dict
-    raise UserError(f"{path} holds {found}, not a dict of tensors.", SAVE)
+    raise UserError(f"{path} holds {found}, not a dict of tensors of plain numbers.", SAVE)
+
+
+def _is_plain(value):
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+    return dense and not value.is_nested and value.dtype in PT2_TYPES.values()
 
 
 def _read_safetensors(path):
@@ -61,6 +69,18 @@ def _read_safetensors(path):
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(error) from error
+
+
+def without_wrappers(state_dict, network):
+    """Return the weights without the prefix that torch.compile or Lightning gave, if they fit."""
+    expected = network.state_dict().keys()
+    first = next(iter(expected), "")
+    names = [name.replace("_orig_mod.", "") for name in state_dict]  # of compiled layers, within
+    for prefix in [name.removesuffix(first) for name in names if name.endswith(first)]:
+        stripped = [name.removeprefix(prefix) for name in names]
+        if sorted(stripped) == sorted(expected):
+            return dict(zip(stripped, state_dict.values(), strict=True))
+    return state_dict
 
 
 def differences(network, state_dict, *attributes):

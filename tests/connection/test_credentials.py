@@ -1,10 +1,12 @@
 """Where a credential goes is decided for each request, by the request's own address."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import mlflow
 import pytest
@@ -15,7 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from common import connection
 from common.connection.credentials import AUTH, Credentials
-from common.errors import UserError
+from common.errors import Printed, UserError
 
 TOKEN = "bearer-token-0123456789"
 OWN = "https://own.example"
@@ -128,7 +130,7 @@ def database_and_server(tmp_path_factory):
 
 
 @pytest.mark.parametrize("secret", ["AM_SC_API_KEY", "MLFLOW_TRACKING_TOKEN"])
-@pytest.mark.parametrize("scheme", ["mlflow-artifacts", "https"])
+@pytest.mark.parametrize("scheme", ["mlflow-artifacts", "https", "http"])
 def test_artifacts_elsewhere_are_stopped_and_diagnosed(
     scheme, secret, database_and_server, elsewhere_server, tls, user, tmp_path
 ):
@@ -149,7 +151,14 @@ def use_artifacts_elsewhere(box, elsewhere_server, database, scheme, secret, tmp
     name = f"elsewhere {host} {scheme}"
     experiment_id = mlflow.MlflowClient(database).create_experiment(name, location)
     run_id = client.create_run(experiment_id).info.run_id
+    model_id = client.create_logged_model(experiment_id, "model").model_id
+    registry, registered = mlflow.MlflowClient(database), f"{scheme}-{secret}"
+    registry.create_registered_model(registered)
+    registry.create_model_version(registered, f"{location}/model")
+    registry.set_registered_model_alias(registered, "production", "1")
     for act in (
+        lambda: mlflow.artifacts.download_artifacts(f"models:/{model_id}"),
+        lambda: mlflow.artifacts.download_artifacts(f"models:/{registered}@production"),
         lambda: client.log_text(run_id, "text", "file.txt"),
         lambda: client.list_artifacts(run_id),
         lambda: client.download_artifacts(run_id, "file.txt", str(tmp_path)),
@@ -158,10 +167,34 @@ def use_artifacts_elsewhere(box, elsewhere_server, database, scheme, secret, tmp
             act()
         failure = connection.diagnose(raised.value)
         assert isinstance(failure, UserError) and failure.code == 1, repr(raised.value)
-        assert f"the artifacts lie on another server, https://{host}," in failure.what
+        shown = f"{'http' if scheme == 'http' else 'https'}://{host}"
+        assert f"the artifacts lie on another server, {shown}," in failure.what
     assert box.requests and elsewhere_server.requests == []
     with pytest.raises(UserError, match="the artifacts lie on another server"):
         connection.connect(experiment=name)
+
+
+def test_secret_in_what_others_log_or_raise_in_threads(user, capsys, monkeypatch):
+    """MLflow's thread for system metrics warns with all that an error answer repeats."""
+    user(AM_SC_API_KEY=KEY, MLFLOW_TRACKING_TOKEN=TOKEN)
+    connection.settle()
+    logger = logging.getLogger("mlflow.system_metrics.system_metrics_monitor")
+    logger.warning(f"Failed to log: x-api-key: {KEY}")
+    logger.warning("Failed to log: %s", f"Bearer {TOKEN}")
+    monkeypatch.setattr(sys, "stderr", Printed(sys.stderr, one_line=False))
+    monkeypatch.setattr(sys, "stdout", Printed(sys.stdout))
+
+    def act():
+        print(KEY)
+        raise ValueError(TOKEN)
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join()
+    shown = capsys.readouterr()
+    assert KEY not in shown.out + shown.err and TOKEN not in shown.out + shown.err
+    assert shown.out == "<secret>\n" and shown.err.count("<secret>") >= 3
 
 
 def test_error_that_survives_as_text_only_is_found(user):

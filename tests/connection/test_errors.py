@@ -1,5 +1,7 @@
 """A tracking server that cannot be used: two lines and an exit code, before any work is done."""
 
+import os
+
 import mlflow
 import pytest
 from conftest import KEY, fails, run
@@ -79,6 +81,50 @@ def test_address_of_no_server(uri, tmp_path):
         connection.connect(uri)
     assert "secret" not in str(raised.value) and "pa55word" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql:///db?user=me&password=pa55", "postgresql:///db"),
+        ("postgresql://?password=pa55", "postgresql://"),
+        ("postgresql+psycopg://me:pa/5?5@host:5432/db?x#y", "postgresql+psycopg://host:5432/db"),
+        ("https://me:pa55@host/path?key=pa55#pa55", "https://host/path"),
+        ("sqlite:////home/me@work/mlflow.db?key=pa55", "sqlite:////home/me@work/mlflow.db"),
+        ("sqlite+pysqlcipher://:pa55@/mlflow.db", "sqlite+pysqlcipher:///mlflow.db"),
+    ],
+)
+def test_address_is_shown_without_its_secrets(uri, shown):
+    assert connection.printable(uri) == shown
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *("sqlite:////dev/null", "sqlite:///pipe", "sqlite:///.", "sqlite:///a%00b.db"),
+        *(f"sqlite:///{'x' * 300}.db", f"sqlite:///{'y/' * 3000}m.db", "postgresql+none://h/db"),
+    ],
+)
+def test_store_that_cannot_be_opened(uri, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"^error: the (local )?store .*\nhint:  [^\n]+$"):
+        connection.connect(uri)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("MLFLOW_HTTP_REQUEST_TIMEOUT", value) for value in ("", "soon", "0", "-1")),
+        *(("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "-1"), ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1e9")),
+        ("MLFLOW_TRACKING_INSECURE_TLS", "perhaps"),
+        ("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "often"),  # read after the run has begun
+        ("MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE", "10 MB"),  # read after the training
+    ],
+)
+def test_impossible_value_of_a_variable_shows_at_once(name, value, user):
+    user(**{name: value})
+    with pytest.raises(UserError, match=f"^error: {name} has an impossible value: "):
+        connection.connect("sqlite:///mlflow.db")
 
 
 @pytest.mark.slow

@@ -283,14 +283,14 @@ def test_server_without_workspaces(server, tmp_path):
 def test_local_store_has_no_workspaces(tmp_path):
     """A variable that is meant for a server does no harm, and it is said."""
     end = run(*TRAIN.split(), cwd=tmp_path, MLFLOW_WORKSPACE="team-a")
-    assert "no workspaces here, so not in team-a)" in end.out.splitlines()[0]
+    assert "no workspaces here, so not in team-a)" in end.out.splitlines()[1]
 
 
 def test_experiment_named_by_the_environment(institute, prefork, tls, tmp_path):
     with institute.gateway(tls=tls[0]) as gateway:
         ada = User("ada", gateway, "team-a", prefork, tls, tmp_path / "ada")
         ada.environment["MLFLOW_EXPERIMENT_NAME"] = "project-ada"
-        line = ada.type(TRAIN).out.splitlines()[1]
+        line = ada.type(TRAIN).out.splitlines()[2]
         assert "experiment project-ada" in line and line.endswith("?workspace=team-a")
 
 

@@ -122,7 +122,7 @@ def test_what_is_trained_is_tracked_registered_and_promoted(scene):
     registered = scene.results["register_and_inference.py"]
     words = "(from MLFLOW_TRACKING_URI; X-Api-Key from AM_SC_API_KEY, bearer token from "
     words += "MLFLOW_TRACKING_TOKEN)"
-    first, second = trained["printed"].splitlines()[:2]
+    _, first, second = trained["printed"].splitlines()[:3]  # after the line of the imports
     assert first == f"tracking {scene.box.uri}  {words}"
     run_id = trained["run_id"]
     assert second.endswith(f"/runs/{run_id}") and second.startswith(f"run      {run_id}")

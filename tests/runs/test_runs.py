@@ -13,16 +13,17 @@ from conftest import KEY, ROOT, Session, clean_environment, run, training_proces
 from gateway import Gateway
 
 from common import runs
+from common.errors import STOPPING
 
 FOR_HOURS = ("--epochs", "10000")
 
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)],
 )
 def test_signal_ends_the_run_as_killed(number, code, tmp_path):
-    """SIGTERM is what a batch system sends; Ctrl-C what a user does."""
+    """SIGTERM is what a batch system sends; SIGHUP a terminal whose connection is lost."""
     with training_process(tmp_path, *FOR_HOURS) as process:
         wait_for_line(process, "epoch 2/")
         process.send_signal(number)
@@ -36,31 +37,80 @@ def test_signal_ends_the_run_as_killed(number, code, tmp_path):
     assert logged.data.metrics["val_accuracy"] > 0
 
 
-def test_signal_while_python_cleans_up_is_not_lost(tmp_path):
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A client of a local store that the tests of this file share: to make one takes seconds."""
+    return mlflow.MlflowClient(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+
+
+def test_signal_while_python_cleans_up_is_not_lost(store, handlers, user):
     """Python swallows what a destructor raises, and SQLAlchemy has many that take a while."""
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.set_tracking_uri(client.tracking_uri)
+    mlflow.set_tracking_uri(store.tracking_uri)
 
     class Object:
         def __del__(self):
             signal.raise_signal(signal.SIGTERM)
 
-    handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
-    try:
+    hook = sys.unraisablehook
+    with (
+        pytest.raises(SystemExit) as stopped,
+        mlflow.start_run(experiment_id="0") as run,
+        runs.always_ended(),
+    ):
+        Object()
+        time.sleep(10)
+        raise AssertionError("the signal is lost")
+    assert stopped.value.code == 143 and sys.unraisablehook is hook
+    assert store.get_run(run.info.run_id).info.status == "KILLED"
+
+
+@pytest.fixture
+def handlers():
+    """What handles signals, put back when the test ends."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_each_signal_that_would_end_the_process_ends_the_run(store, handlers, user):
+    """And the run around it: that of a study, say."""
+    mlflow.set_tracking_uri(store.tracking_uri)
+    names = ("SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    assert {getattr(signal, name) for name in names} | {signal.SIGTERM} == set(STOPPING)
+    for name in names:
+        number, ids = getattr(signal, name), []
+        for other in STOPPING:
+            default = signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL
+            signal.signal(other, default)
         with (
             pytest.raises(SystemExit) as stopped,
             mlflow.start_run(experiment_id="0") as run,
             runs.always_ended(),
         ):
-            Object()
-            time.sleep(10)
+            ids.append(run.info.run_id)
+            if name == "SIGHUP":
+                with mlflow.start_run(experiment_id="0", nested=True) as run, runs.always_ended():
+                    ids.append(run.info.run_id)
+                    signal.raise_signal(number)
+            signal.raise_signal(number)
             raise AssertionError("the signal is lost")
-    finally:
-        mlflow.set_tracking_uri(None)
-        signal.signal(signal.SIGTERM, handler)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert stopped.value.code == 143 and sys.unraisablehook is hook
-    assert client.get_run(run.info.run_id).info.status == "KILLED"
+        assert stopped.value.code == 128 + number
+        assert {store.get_run(run_id).info.status for run_id in ids} == {"KILLED"}
+
+
+def test_signal_that_is_ignored_or_handled_does_not_end_the_run(store, handlers, user):
+    """`nohup` ignores SIGHUP, `&` in a script SIGINT; a program of one's own may use SIGUSR1."""
+    received = []
+    mlflow.set_tracking_uri(store.tracking_uri)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+    with mlflow.start_run(experiment_id="0") as run, runs.always_ended():
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+            signal.raise_signal(number)
+    assert received == [1] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert store.get_run(run.info.run_id).info.status == "FINISHED"
 
 
 AMID_SQL = """
@@ -188,6 +238,23 @@ def test_alias_stays_if_one_prediction_differs(local, tampered):
 
 
 @pytest.mark.slow
+def test_files_of_the_model_are_gone(local, prefork, tmp_path):
+    """All of the store's, or the model's: that is said, and no protection to be switched off."""
+    session = Session(tmp_path, prefork)
+    register = f"register_and_inference.py --run_id {local.run_id} --tracking_uri {local.uri}"
+    before, folder = versions(local), local.folder / "mlruns"
+    (model,) = folder.glob("*/models/*/artifacts")
+    for path in (folder, model / "MLmodel"):
+        path.rename(path.with_name("away"))
+        try:
+            error = session.type(register, code=1).error
+        finally:
+            path.with_name("away").rename(path)
+        assert "no files of the model models:/m-" in error and "\nhint:  were they deleted" in error
+    assert versions(local) == before
+
+
+@pytest.mark.slow
 def test_other_test_set_is_no_basis_for_a_check(local, tampered):
     before = versions(local)
     run_id = tampered(lambda content: content.update(digest="0" * 32))
@@ -202,17 +269,19 @@ sys.path.insert(0, sys.argv[1])
 from common import training
 test = training.load_data("digits", "unused", train=False)
 torch.manual_seed(3)
-network = training.MNISTCNN().eval()
+network, example = training.MNISTCNN().eval(), training.input_example(test.images)
 mlflow.set_tracking_uri("sqlite:///mlflow.db")
 mlflow.set_experiment("old")
 with mlflow.start_run() as run:
     if sys.argv[2] != "none":
         accuracy = training.evaluate(network, test.images, test.labels).accuracy
         mlflow.log_metric("val_accuracy", accuracy * float(sys.argv[2]))
+    if "table" in sys.argv:
+        network, example = torch.nn.Linear(5, 10).eval(), torch.rand(2, 5).numpy()
     mlflow.pytorch.log_model(
-        network, name="model", input_example=training.input_example(test.images),
+        network, name="model", input_example=example,
         pip_requirements=["torch"], serialization_format=sys.argv[3],
-        code_paths=[sys.argv[1] + "/common"] if len(sys.argv) > 4 else None,
+        code_paths=[sys.argv[1] + "/common"] if "with its code" in sys.argv else None,
     )
 print(run.info.run_id)
 """
@@ -228,6 +297,7 @@ print(run.info.run_id)
         (["none", "pt2"], "recorded neither"),
         (["1", "pickle"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"),
         (["1", "pt2", "with its code"], "MLmodel has code: code"),
+        (["1", "pt2", "table"], "cannot be loaded or used here"),  # of another network
     ],
 )
 def test_run_of_an_older_script(arguments, message, prefork, tmp_path):
@@ -246,6 +316,120 @@ def test_run_of_an_older_script(arguments, message, prefork, tmp_path):
         assert client.search_registered_models() == []
     else:
         assert finished.result["model_version"] == "1"
+
+
+# As somebody writes it with guide 1 in hand, up to MLflow 3.13, which pickles by default.
+GUIDE_1 = """
+import sys
+import mlflow, torch, torch.nn as nn
+import torchvision, torchvision.transforms as T
+
+class MNIST_CNN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 3)
+        self.fc1 = nn.Linear(8 * 13 * 13, 10)
+        self.dropout = nn.Dropout(0.5)
+    def forward(self, x):
+        x = torch.max_pool2d(torch.relu(self.conv1(x)), 2)
+        return self.fc1(self.dropout(x.flatten(1)))
+    def __setstate__(self, state):
+        open("has_run", "w").close()
+        super().__setstate__(state)
+
+mean, std, factor = map(float, sys.argv[2:])
+transform = T.Compose([T.ToTensor(), T.Normalize((mean,), (std,))])
+MNIST = torchvision.datasets.MNIST
+train, test = (MNIST(sys.argv[1], train=part, transform=transform) for part in (True, False))
+batches = torch.utils.data.DataLoader(train, 64, shuffle=True)
+torch.manual_seed(0)
+model = MNIST_CNN()
+optimizer = torch.optim.Adam(model.parameters(), 0.003)
+mlflow.set_experiment("mnist_cnn_pytorch")
+with mlflow.start_run() as run:
+    mlflow.log_param("batch_size", 64)
+    mlflow.log_param("optimizer", "Adam")
+    for epoch in range(2):
+        model.train()
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            right = sum((model(x).argmax(1) == y).sum().item()
+                        for x, y in torch.utils.data.DataLoader(test, 1000))
+        mlflow.log_metric("train_loss", loss.item(), step=epoch)
+        mlflow.log_metric("val_accuracy", factor * right / len(test), step=epoch)
+    model.train()
+    mlflow.pytorch.log_model(model, name="model", serialization_format="pickle",
+                             pip_requirements=["torch"])
+print(run.info.run_id)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scaling", ["0.1307 0.3081 1", "0.5 0.5 100"], ids=["of MNIST", "of guide 3, in percent"]
+)
+def test_run_of_the_guides_own_code(scaling, prefork, mnist_dir, tmp_path):
+    """Pickled, without the parameter dataset, trained on pixels normalised outside of the model."""
+    script = tmp_path / "mine.py"
+    script.write_text(GUIDE_1)
+    session = Session(tmp_path, prefork)
+    trusting = Session(tmp_path / "trusting", prefork, MLFLOW_ALLOW_PICKLE_DESERIALIZATION="true")
+    trusting.folder.mkdir()
+    run_id = session.type(str(script), mnist_dir, *scaling.split()).out.split()[-1]
+    (tmp_path / "has_run").unlink(missing_ok=True)
+    store = ("--data_dir", mnist_dir, "--tracking_uri", f"sqlite:///{tmp_path}/mlflow.db")
+    register = f"register_and_inference.py --run_id {run_id}"
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    if scaling.startswith("0.1307"):  # each hint leads to the next step
+        assert "--dataset mnist" in session.type(register, *store, code=1).error
+        refused = session.type(f"{register} --dataset mnist", *store, code=1)
+        assert "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true" in refused.error
+        assert not (tmp_path / "has_run").exists()  # nothing in the file has run
+        differs = trusting.type(f"{register} --dataset mnist", *store, code=1)
+        assert "--pixels normalised" in differs.error and (trusting.folder / "has_run").exists()
+        assert client.search_registered_models() == []
+    registered = trusting.type(f"{register} --dataset mnist --pixels normalised", *store)
+    assert registered.result["val_accuracy"] > 0.8
+    version = client.get_model_version_by_alias("MNIST_CNN", "production")
+    mean, std, _ = scaling.split()
+    for said in (version.tags["input"], version.description):
+        assert f"pixels normalised before: (x - {mean}) / {std}" in said
+    # Whoever scores that version by its tag, scores it so, too.
+    loaded = trusting.type(
+        "scripts/load_and_use_models.py from-registry MNIST_CNN --predict --dataset mnist", *store
+    )
+    assert loaded.result["test_accuracy"] == registered.result["val_accuracy"]
+
+
+def test_an_alias_moves_to_a_version_of_other_data(tmp_path, capsys):
+    """That is said, if the tags of both versions tell."""
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient()
+    client.create_registered_model("M")
+    try:
+        digits, mnist, again, unknown = (
+            client.create_model_version("M", str(tmp_path), tags=tags)
+            for tags in ({"dataset": "digits"}, {"dataset": "mnist"}, {"dataset": "mnist"}, {})
+        )
+        expected = [
+            (digits, mnist, "version 1 -> 2  (trained on other data: digits -> mnist)"),
+            (mnist, digits, "version 2 -> 1  (trained on other data: mnist -> digits)"),
+            (mnist, again, "version 2 -> 3"),
+            (again, unknown, "version 3 -> 4"),
+            (unknown, again, "version 4 -> 3"),
+            (None, mnist, "version none -> 2"),
+        ]
+        for before, after, words in expected:
+            result = runs.moved(after, "production", before and str(before.version))
+            assert capsys.readouterr().out == f"alias    production  {words}\n"
+            assert result["model_uri"] == f"models:/M/{after.version}"
+    finally:
+        mlflow.set_tracking_uri(None)
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ storage.throughput("write", path.stat().st_size, seconds)
 
 # A promise of the docstring, by a piece of it: the program that tries it, and the files it needs.
 PURPOSES = {
-    "load_weights(": (FOREIGN_WEIGHTS, "weights damage"),
+    "load_weights(": (FOREIGN_WEIGHTS, "weights damage layout"),
     "map_weights(": (MAPPED, "mapping weights damage layout"),
     "checked_copy(": (CHECKED, "inspection program damage layout"),
     "staged(path)": (SHARED, "folders"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import crafted
 import mlflow
 import pytest
-from conftest import ROOT, Session, clean_environment, mlflow_server
+from conftest import ROOT, Session, clean_environment, mlflow_server, other_user
 from gateway import Gateway
 
 from common.errors import UserError
@@ -96,6 +96,36 @@ def test_crafted_model_is_refused(kind, model_folder, tmp_path, monkeypatch):
 
 def test_model_of_the_training_script_passes(model_folder):
     check_model(model_folder)
+
+
+def test_what_cannot_be_read_is_no_code(model_folder, public):
+    """Files that are gone, cut short, or somebody else's: no advice to switch the check off."""
+    folder, public_file = shutil.copytree(model_folder, public / "model"), 0o644
+    file = folder / "data" / "model.pt2"
+    whole = file.read_bytes()
+    for content, reason in (
+        (whole[:100_000], "cut short"),
+        (b"", "cut short"),
+        (None, "No such file"),
+    ):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match=f"cannot be read: .*{reason}.*\nhint: ") as refused:
+            check_model(folder)
+        assert "MLFLOW_ALLOW" not in str(refused.value)
+    file.write_bytes(whole)
+    file.chmod(0o600)
+    with (
+        other_user(),
+        pytest.raises(UserError, match="read: Permission denied.\nhint:  ask its owner"),
+    ):
+        check_model(folder)
+    file.chmod(public_file)
+    (folder / "MLmodel").write_text("flavors: {sklearn: {}}")
+    with pytest.raises(UserError, match="of the flavor sklearn") as refused:
+        check_model(folder)
+    assert "MLFLOW_ALLOW" not in str(refused.value)
 
 
 def networks():
@@ -418,7 +448,7 @@ def test_the_way_out_says_what_it_means(institute, colleague, tmp_path):
     name = "MLFLOW_ALLOW_PICKLE_DESERIALIZATION"
     try:
         crafted.size(model, PAYLOAD.format(str(tmp_path / "marker")))
-        assert f"export {name}=true" in session.type(command, code=1).error
+        assert "docs/troubleshooting.md" in session.type(command, code=1).error
         session.environment[name] = "true"
         finished = session.type(command)
     finally:
@@ -437,6 +467,6 @@ def test_every_script_that_loads_checks_first():
         for number, line in enumerate(lines):
             if re.match(r"[^#]*pytorch\.load_model\(", line):
                 block = "\n".join(lines[max(0, number - 3) : number])
-                assert "load_model(folder)" in line and "storage.checked_copy(" in block, path
+                assert "load_model(folder" in line and "storage.checked_copy(" in block, path
                 loads += 1
     assert loads >= 5

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from conftest import ROOT, clean_environment, run
+from conftest import ROOT, clean_environment, fails, run
 
 PAIR = "Modify_artifact_location_register_inference.py"
 
@@ -225,11 +225,15 @@ def test_file_that_is_no_longer_the_one_recorded(kind, large):
 
 
 def test_killed_job_leaves_no_model_that_looks_finished(tmp_path):
-    """SIGKILL while the model is being written, in the folder that will be renamed."""
-    target = tmp_path / "t"
+    """SIGKILL while the model is being written, in the folder that will be renamed.
+
+    When the job goes on, the run's folder is another user's, with a link to a key in it.
+    """
+    target, key = tmp_path / "t", tmp_path / "key"
     script = ROOT / "Modify_artifact_location.py"
+    flags = ("--dataset", "digits", "--target_path", target, "--checkpoint", tmp_path / "kept")
     process = subprocess.Popen(
-        [sys.executable, script, "--dataset", "digits", "--target_path", target],
+        [sys.executable, script, *flags],
         cwd=tmp_path,
         env=clean_environment(),
         stdout=subprocess.DEVNULL,
@@ -245,6 +249,17 @@ def test_killed_job_leaves_no_model_that_looks_finished(tmp_path):
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (model,) = client.search_logged_models(["1"])
     assert model.status == "PENDING"
+    if os.getuid() == 0:
+        (theirs,) = client.search_runs(["1"])
+        folder = target / theirs.info.run_id
+        folder.rename(tmp_path / "away")
+        key.touch(mode=0o600)
+        (folder / "artifacts" / "plots").mkdir(parents=True)
+        (folder / "artifacts" / "plots" / "confusion_matrix.png").symlink_to(key)
+        os.chown(folder, 65534, -1)
+        error = fails("Modify_artifact_location.py", *flags, cwd=tmp_path)
+        assert f"the folder {folder} cannot be used: somebody else made it" in error
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600 and key.read_bytes() == b""
 
 
 PLAIN = """
