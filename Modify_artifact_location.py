@@ -19,7 +19,7 @@ def build_parser():
     parser = cli.parser(__doc__)
     cli.add_training_arguments(parser, MODEL_NAME, ALIAS)
     use = "folder on the shared filesystem, fixed for the experiment by its first run"
-    parser.add_argument("--target_path", type=cli.not_empty, required=True, metavar="DIR", help=use)
+    parser.add_argument("--target_path", type=cli.path, required=True, metavar="DIR", help=use)
     cli.add_data_arguments(parser)
     cli.add_server_arguments(parser, EXPERIMENT)
     return parser
@@ -31,7 +31,7 @@ def main(argv=None):
     if args.model_name != MODEL_NAME and not args.register:
         parser.error("--model_name needs --register")
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import functools
     import importlib.util
 
@@ -99,12 +99,13 @@ def main(argv=None):
     ):
         # If a response is lost, MLflow sends the request again, and the server makes a duplicate.
         run_id = runs.one_run(*ids, made=run).info.run_id
-        where = runs.run_address(run)
-        print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
+        own = storage.claim(run.info.artifact_uri)  # so nobody else can plant links there
+        print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
         print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
         tags = {"owner": owner, "project.phase": args.phase, "model.type": "Computer Vision"}
-        tags |= {"model.class": type(network).__name__}
+        what = f"{args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}"
+        tags |= {"model.class": type(network).__name__, "settings": f"{what}, seed {args.seed}"}
         mlflow.set_tags(tags | runs.git_tags(__file__) | runs.job_tags(earlier))
         # [MLflow 4] log_params: what was set before training; the columns to compare runs by.
         mlflow.log_params(params)
@@ -117,18 +118,16 @@ def main(argv=None):
             runs.patiently(mlflow.log_input, dataset, context=context)
 
         for epoch in epochs:
-            print(
-                f"epoch {epoch.number}/{args.epochs}  loss {epoch.train_loss:.4f}  "
-                f"val_accuracy {epoch.val_accuracy:.4f}  {epoch.seconds:.1f} s",
-                flush=True,
-            )
+            words = f"loss {epoch.train_loss:.4f}  val_accuracy {epoch.val_accuracy:.4f}"
+            print(f"epoch {epoch.number}/{args.epochs}  {words}  {epoch.seconds:.1f} s", flush=True)
             # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
             # With its own time, so that a point which is sent again stays one point.
-            results = {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy}
+            results = {"train_loss": epoch.train_loss, "train_accuracy": epoch.train_accuracy}
+            results |= {"val_loss": epoch.val_loss, "val_accuracy": epoch.val_accuracy}
             mlflow.log_metrics(results, step=epoch.number, timestamp=epoch.ended)
         training.leave()
 
-        # Score once more from the CPU, where the model is stored from and where anyone can load it.
+        print("score    once more, on the CPU; then the model is stored from there", flush=True)
         network = network.to("cpu", memory_format=torch.contiguous_format).eval()
         scores = training.evaluate(network, test.images, test.labels)
 
@@ -146,8 +145,7 @@ def main(argv=None):
             save_model_once(network, test.images, args.epochs, external)
         model_uri = runs.ready_model(run, discard)
         file = storage.of_model(model_uri)
-        if not external:
-            storage.open_to_group(storage.path_of(run.info.artifact_uri).parent)
+        storage.open_to_group(own)
     result = {"run_id": run_id, "model_uri": model_uri, "model_path": str(file.path)}
     result |= {"train_loss": epoch.train_loss, "val_accuracy": scores.accuracy}
 
@@ -159,19 +157,20 @@ def main(argv=None):
         runs.check_predictions(mlflow.get_run(run_id), test, stored, model_uri)
 
         # [MLflow 10] register_model: a new version under "Models"; it points at the path.
+        facts, words = runs.facts(run_id, args.dataset, test, scores.accuracy, training.INPUT)
         version = runs.one_version(args.model_name, checkpoint.launch)  # by an earlier job
         if not version:
-            tags = {"launch": checkpoint.launch} | file.tags
+            tags = {"launch": checkpoint.launch} | file.tags | facts
             version = mlflow.register_model(model_uri, args.model_name, tags=tags)
             runs.one_version(args.model_name, checkpoint.launch, made=version)
         print(f"model    {args.model_name} version {version.version}", flush=True)
+        # update_model_version: the description, on the version's page.
+        client = mlflow.MlflowClient()
+        client.update_model_version(args.model_name, version.version, description=words)
         before = runs.alias_version(args.model_name, ALIAS)
         # [MLflow 11] set_registered_model_alias: @production now means this version, for everyone.
-        mlflow.MlflowClient().set_registered_model_alias(args.model_name, ALIAS, version.version)
-        print(f"alias    {ALIAS}  version {before or 'none'} -> {version.version}", flush=True)
-        result |= {"model_name": args.model_name, "model_version": str(version.version)}
-        result |= {"model_uri": f"models:/{args.model_name}/{version.version}", "alias": ALIAS}
-        result["previous_version"] = before
+        client.set_registered_model_alias(args.model_name, ALIAS, version.version)
+        result |= runs.moved(version, ALIAS, before)
     cli.print_result(**result)
     checkpoint.finish(result)
 
@@ -185,16 +184,17 @@ def save_model_once(network, images, step, external=None):
 
     example = training.input_example(images)
     answer = network(torch.from_numpy(example)).detach().numpy()
-    run_id = mlflow.active_run().info.run_id
+    run_id, tags = mlflow.active_run().info.run_id, {"input": training.INPUT}
+    about = {"run_id": run_id, "metadata": tags}  # what stands in the file MLmodel
     if external:
-        path, ids = external / run_id / "artifacts", {}
+        path = external / run_id / "artifacts"
         storage.remove_unfinished(external, path.as_uri())  # by an earlier job, unknown to MLflow
     else:
         # [MLflow 14] initialize_logged_model: its id, and so the folder, before a byte is written.
         logged = mlflow.initialize_logged_model(name="model")
         path = storage.path_of(logged.artifact_location)
-        ids = {"model_id": logged.model_id, "model_uuid": logged.model_id}
-    description = mlflow.models.Model(artifact_path=path.as_uri(), run_id=run_id, **ids)
+        about |= {"model_id": logged.model_id, "model_uuid": logged.model_id}
+    description = mlflow.models.Model(artifact_path=path.as_uri(), **about)
 
     def save(network):
         # [MLflow 15] save_model: what log_model does, without the upload, and without writing it
@@ -208,16 +208,16 @@ def save_model_once(network, images, step, external=None):
             pip_requirements=training.pip_requirements(),
         )
 
-    with storage.staged(path) as folder:  # whole, or not at all
+    with storage.staged(path, own=True) as folder:  # whole, or not at all
         sha256, seconds = storage.write_model(folder, network, save)  # at the disk's speed
     file = storage.recorded(path / storage.MODEL_FILE, sha256)
     print(f"file     {file.path}", flush=True)
     if external:
         # [MLflow 17] create_external_model: MLflow keeps no file of it; the tags say where it is.
-        logged = mlflow.create_external_model(name="model", tags=file.tags)
+        logged = mlflow.create_external_model(name="model", tags=file.tags | tags)
         print(f"external load_model('{path}') works, 'models:/NAME' does not", flush=True)
     else:
-        mlflow.set_logged_model_tags(logged.model_id, file.tags)
+        mlflow.set_logged_model_tags(logged.model_id, file.tags | tags)
     # [MLflow 16] finalize_logged_model: READY, and by log_outputs linked from the run's page.
     mlflow.log_outputs([mlflow.entities.LoggedModelOutput(logged.model_id, step=step)])
     if not external:  # else it is READY

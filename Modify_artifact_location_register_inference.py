@@ -46,7 +46,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import time
 
     import mlflow
@@ -58,13 +58,11 @@ def main(argv=None):
     run = runs.finished_run(args.run_id)
     model_uri = runs.model_uri(run)
     runs.check_registrable(args.model_name, model_uri)  # either may be somebody else's
-    test = training.load_data(runs.recorded_dataset(run, args.dataset), args.data_dir, train=False)
+    dataset = runs.recorded_dataset(run, args.dataset)
+    test = training.load_data(dataset, args.data_dir, train=False)
     file = storage.of_model(model_uri)
-    print(f"run      {args.run_id}  {run.info.run_name}  {model_uri}", flush=True)
+    print(f"run      {args.run_id}  {runs.run_address(run)}", flush=True)
     print(f"file     {file.path}", flush=True)
-    if args.verify:
-        storage.verify(file)
-        print(f"verify   SHA-256 {file.sha256}, as written on {file.host}", flush=True)
     if str(file.path).endswith(storage.MODEL_FILE):  # who loads it with MLflow alone runs all of it
         storage.check_model(file.path.parents[1])
 
@@ -72,19 +70,25 @@ def main(argv=None):
     start = time.perf_counter()
     network = storage.map_weights(training.MNISTCNN, file.path)
     load_metrics = storage.throughput("load", file.size, time.perf_counter() - start)
+    if args.verify:  # only now: what was mapped is what is hashed
+        storage.verify(file)
+        print(f"verify   SHA-256 {file.sha256}, as written on {file.host}", flush=True)
     scores = training.evaluate(network, test.images, test.labels)
     runs.check_predictions(run, test, scores, model_uri)
 
     # 3. Register and promote.
     # [MLflow 10] register_model: a new version under "Models"; its tags say which file it is.
-    version = mlflow.register_model(
-        model_uri, args.model_name, tags={"registered_by": runs.user(), **file.tags}
-    )
+    facts, words = runs.facts(args.run_id, dataset, test, scores.accuracy, training.INPUT)
+    tags = facts | file.tags | {"registered_by": runs.user()}
+    version = mlflow.register_model(model_uri, args.model_name, tags=tags)
     print(f"model    {args.model_name} version {version.version}", flush=True)
+    # update_model_version: the description, on the version's page.
+    client = mlflow.MlflowClient()
+    client.update_model_version(args.model_name, version.version, description=words)
     before = runs.alias_version(args.model_name, args.alias)
     # [MLflow 11] set_registered_model_alias: the alias now means this version, for everyone.
-    mlflow.MlflowClient().set_registered_model_alias(args.model_name, args.alias, version.version)
-    print(f"alias    {args.alias}  version {before or 'none'} -> {version.version}", flush=True)
+    client.set_registered_model_alias(args.model_name, args.alias, version.version)
+    result = runs.moved(version, args.alias, before)
     # [MLflow 6] log_metrics: what loading took, beside what writing took on the run's page.
     mlflow.log_metrics(load_metrics, run_id=args.run_id)
 
@@ -93,16 +97,8 @@ def main(argv=None):
     network = storage.map_weights(training.MNISTCNN, alias_file.path)
     first = training.evaluate(network, test.images[:5], test.labels[:5])
     runs.print_samples(test, first.predictions)
-    cli.print_result(
-        run_id=args.run_id,
-        model_name=args.model_name,
-        model_version=str(version.version),
-        model_uri=f"models:/{args.model_name}/{version.version}",
-        alias=args.alias,
-        previous_version=before,
-        model_path=str(alias_file.path),
-        val_accuracy=scores.accuracy,
-    )
+    result |= {"model_path": str(alias_file.path), "val_accuracy": scores.accuracy}
+    cli.print_result(run_id=args.run_id, **result)
 
 
 if __name__ == "__main__":

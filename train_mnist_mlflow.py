@@ -31,7 +31,7 @@ def main(argv=None):
     if args.model_name != MODEL_NAME and not args.register:
         parser.error("--model_name needs --register")
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import importlib.util
 
     import mlflow
@@ -52,6 +52,7 @@ def main(argv=None):
         runs.check_export(network, training.input_example(test.images))  # can it be stored?
         # [MLflow 1] set_experiment: the run joins the others of this one, on the left in the UI.
         experiment = mlflow.set_experiment(args.experiment)
+        runs.check_place(experiment, network)  # can files be written there?
         if args.register:
             runs.check_registrable(args.model_name)  # it may be somebody else's
 
@@ -93,12 +94,12 @@ def main(argv=None):
     ):
         # If a response is lost, MLflow sends the request again, and the server makes a duplicate.
         run_id = runs.one_run(*ids, made=run).info.run_id
-        where = runs.run_address(run)
-        print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
+        print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
         print(f"device   {device.type}  {precision}  processes {world.size}", flush=True)
         # [MLflow 3] set_tags: words to find the run by, in the search bar and on its page.
         tags = {"owner": owner, "project.phase": args.phase, "model.type": "Computer Vision"}
-        tags |= {"model.class": type(network).__name__}
+        what = f"{args.dataset}, {args.epochs} epochs, batch {args.batch_size}, lr {args.lr:g}"
+        tags |= {"model.class": type(network).__name__, "settings": f"{what}, seed {args.seed}"}
         mlflow.set_tags(tags | runs.git_tags(__file__) | runs.job_tags(earlier))
         # [MLflow 4] log_params: what was set before training; the columns to compare runs by.
         mlflow.log_params(params)
@@ -111,18 +112,16 @@ def main(argv=None):
             runs.patiently(mlflow.log_input, dataset, context=context)
 
         for epoch in epochs:
-            print(
-                f"epoch {epoch.number}/{args.epochs}  loss {epoch.train_loss:.4f}  "
-                f"val_accuracy {epoch.val_accuracy:.4f}  {epoch.seconds:.1f} s",
-                flush=True,
-            )
+            words = f"loss {epoch.train_loss:.4f}  val_accuracy {epoch.val_accuracy:.4f}"
+            print(f"epoch {epoch.number}/{args.epochs}  {words}  {epoch.seconds:.1f} s", flush=True)
             # [MLflow 6] log_metrics: a point on each curve, in one request; tab "Model metrics".
             # With its own time, so that a point which is sent again stays one point.
-            results = {"train_loss": epoch.train_loss, "val_accuracy": epoch.val_accuracy}
+            results = {"train_loss": epoch.train_loss, "train_accuracy": epoch.train_accuracy}
+            results |= {"val_loss": epoch.val_loss, "val_accuracy": epoch.val_accuracy}
             mlflow.log_metrics(results, step=epoch.number, timestamp=epoch.ended)
         training.leave()
 
-        # Score once more from the CPU, where the model is stored from and where anyone can load it.
+        print("score    once more, on the CPU; then the model is stored from there", flush=True)
         network = network.to("cpu", memory_format=torch.contiguous_format).eval()
         scores = training.evaluate(network, test.images, test.labels)
 
@@ -144,6 +143,8 @@ def main(argv=None):
                 input_example=training.input_example(test.images),
                 pip_requirements=training.pip_requirements(),
                 step=args.epochs,
+                metadata={"input": training.INPUT},  # in the file MLmodel
+                tags={"input": training.INPUT},  # on the model's page
             )
         model_uri = runs.ready_model(run)
     result = {"run_id": run_id, "model_uri": model_uri}
@@ -152,26 +153,28 @@ def main(argv=None):
     # 3. Check what was stored, register it, promote it.
     if args.register:
         # [MLflow 12] load_model: anywhere, without the code that made it. Programs name the model
-        # by its alias, models:/MNIST_CNN@production. Nothing in the checked copy runs.
+        # by its alias, models:/MNIST_CNN@production. Nothing in the checked copy runs. It stays in
+        # eval mode: call it as it is, for .eval() raises NotImplementedError.
         with storage.checked_copy(model_uri) as folder:
             loaded = mlflow.pytorch.load_model(folder)
         stored = training.evaluate(loaded, test.images, test.labels)
         runs.check_predictions(mlflow.get_run(run_id), test, stored, model_uri)
 
         # [MLflow 10] register_model: a new version under "Models", linked to the run.
+        facts, words = runs.facts(run_id, args.dataset, test, scores.accuracy, training.INPUT)
         version = runs.one_version(args.model_name, checkpoint.launch)  # by an earlier job
         if not version:
-            tags = {"launch": checkpoint.launch}
+            tags = {"launch": checkpoint.launch} | facts
             version = mlflow.register_model(model_uri, args.model_name, tags=tags)
             runs.one_version(args.model_name, checkpoint.launch, made=version)
         print(f"model    {args.model_name} version {version.version}", flush=True)
+        # update_model_version: the description, on the version's page.
+        client = mlflow.MlflowClient()
+        client.update_model_version(args.model_name, version.version, description=words)
         before = runs.alias_version(args.model_name, ALIAS)
         # [MLflow 11] set_registered_model_alias: @production now means this version, for everyone.
-        mlflow.MlflowClient().set_registered_model_alias(args.model_name, ALIAS, version.version)
-        print(f"alias    {ALIAS}  version {before or 'none'} -> {version.version}", flush=True)
-        result |= {"model_name": args.model_name, "model_version": str(version.version)}
-        result |= {"model_uri": f"models:/{args.model_name}/{version.version}", "alias": ALIAS}
-        result["previous_version"] = before
+        client.set_registered_model_alias(args.model_name, ALIAS, version.version)
+        result |= runs.moved(version, ALIAS, before)
     cli.print_result(**result)
     checkpoint.finish(result)
 

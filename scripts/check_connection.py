@@ -51,7 +51,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import contextlib
     import os
     import re
@@ -62,20 +62,21 @@ def main(argv=None):
     import requests
     from mlflow.exceptions import MlflowException
 
-    from common.errors import UserError
+    from common.errors import STOPPING, UserError
 
     received = []
 
     def stop(number, frame):
         """Clean up, quickly, and exit as shells expect; a second signal changes nothing."""
         received.append(number)
-        for signal_number in (signal.SIGTERM, signal.SIGINT):
+        for signal_number in STOPPING:
             signal.signal(signal_number, signal.SIG_IGN)
         os.environ.update(HASTE)
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, stop)
     # (name, step, exit code if the step itself is what fails, whether the rest depends on it)
     steps = (
         ("address", server, ADDRESS, True),

@@ -21,7 +21,7 @@ from common.errors import UserError
 def build_parser():
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "model", type=cli.not_empty, help="a folder, or an address: models:/NAME@ALIAS, runs:/..."
+        "model", type=cli.path, help="a folder, or an address: models:/NAME@ALIAS, runs:/..."
     )
     cli.add_server_arguments(parser)
     return parser
@@ -30,7 +30,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import tempfile
 
     import mlflow

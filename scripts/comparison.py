@@ -14,15 +14,16 @@ RAISED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryEr
 RAISED += (RuntimeError, TypeError, ValueError)
 
 
-def score(network, test, name):
+def score(network, test, name, pixels=training.INPUT):
     """Return the `Evaluation` of `network`; UserError if it does not classify these images."""
     classes, example = len(test.class_names), training.input_example(test.images)
+    mean, std = training.SCALINGS.get(pixels, (0, 1))
     try:
         with torch.inference_mode():
-            outputs = network(torch.from_numpy(example))
+            outputs = network((torch.from_numpy(example) - mean) / std)
         if (found := tuple(outputs.shape)) != (2, classes):
             raise ValueError(f"for 2 images it returns {found} in place of (2, {classes})")
-        scores = training.evaluate(network, test.images, test.labels)
+        scores = training.evaluate(lambda x: network((x - mean) / std), test.images, test.labels)
         if not math.isfinite(scores.loss):
             raise ValueError(f"its loss is {scores.loss}")
     except RAISED as error:

@@ -28,7 +28,7 @@ def build_parser():
     )
     parser.add_argument(
         "--download_dir",
-        type=cli.not_empty,
+        type=cli.path,
         metavar="DIR",
         help="keep the checkpoint in this folder (default: a temporary one)",
     )
@@ -43,7 +43,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import contextlib
     import random
     import tempfile
@@ -85,7 +85,9 @@ def main(argv=None):
         storage.load_weights(network, path)
 
     # 3. Infer.
-    indices = random.Random(args.seed).sample(range(len(test.labels)), SAMPLES)
+    indices = random.Random(args.seed).sample(
+        range(len(test.labels)), min(SAMPLES, len(test.labels))
+    )
     scores = training.evaluate(network, test.images[indices], test.labels[indices])
     samples = [
         {"index": index, "true": test.labels[index].item(), "predicted": predicted}

@@ -9,9 +9,10 @@
 
 You will see what is asked for, and a JSON object as the last line. MLflow has replaced stages by
 aliases: `transition` sets both, the alias being the stage in lower case, and every line that shows
-a stage shows the alias. In the MLflow UI both stand beside the version, under "Models". Each
-command takes --tracking_uri and --ca_bundle; COMMAND --help shows all flags. Needs common/cli.py
-and the rooms connection, runs, storage and training of common/.
+a stage shows the alias. In the MLflow UI both stand beside the version, under "Models". What is
+loaded is called as it is: model(pixels), without .eval(). Each command takes --tracking_uri and
+--ca_bundle; COMMAND --help shows all flags. Needs common/cli.py, the rooms connection, runs,
+storage and training of common/, and scripts/comparison.py and figures.py.
 """
 
 import sys
@@ -57,13 +58,22 @@ def build_parser():
     transition.add_argument("model_name", type=cli.model_name)
     transition.add_argument("version", type=cli.whole_number(0))
     transition.add_argument("stage", choices=STAGES)
+    transition.add_argument(
+        "--archive_existing",
+        action="store_true",
+        help="take the other versions out of this stage, to Archived; models:/NAME/STAGE then "
+        "loads this one (default: the newest in the stage)",
+    )
     return parser
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if getattr(args, "archive_existing", False) and args.stage not in ("Staging", "Production"):
+        parser.error("--archive_existing is for Staging and Production")
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     from common import connection
 
     connection.connect(args.tracking_uri, args.ca_bundle, workspace=args.workspace)
@@ -86,7 +96,8 @@ def list_models(args):
     models = mlflow.search_registered_models()
     for model in models:
         latest = list(versions_of(model.name).values())[-1:]
-        print(f"\nModel: {model.name}", flush=True)
+        print(flush=True)
+        print(f"Model: {model.name}", flush=True)
         description = model.description or (latest[0].description if latest else "")
         print(f"   Description: {description or '-'}", flush=True)
         print(f"   Latest Version: {latest[0].version if latest else '-'}", flush=True)
@@ -103,10 +114,12 @@ def list_versions(args):
     # get_registered_model: the aliases stand with the model, not with its versions.
     aliases = mlflow.MlflowClient().get_registered_model(args.model_name).aliases
     title = f"Versions of Model: {args.model_name}"
-    print(f"{title}\n{'=' * len(title)}", flush=True)
+    print(title, flush=True)
+    print("=" * len(title), flush=True)
     for number, version in versions.items():
         names = [f"@{name}" for name, target in aliases.items() if str(target) == number]
-        print(f"\nVersion {number}:", flush=True)
+        print(flush=True)
+        print(f"Version {number}:", flush=True)
         print(f"  Stage: {stage_of(version)}", flush=True)
         print(f"  Aliases: {', '.join(names) or '-'}", flush=True)
         print(f"  Status: {version.status}", flush=True)
@@ -155,7 +168,8 @@ def load_from_registry(args):
     version = version_of(versions, number, uri)
     print(f"model    {name} version {number}  run {version.run_id or '-'}", flush=True)
     run = runs.existing_run(version.run_id) if version.run_id else None
-    return load(args, uri, run) | {"model_name": name, "model_version": number}
+    result = load(args, uri, run, version.tags.get("input"))
+    return result | {"model_name": name, "model_version": number}
 
 
 def transition(args):
@@ -171,8 +185,15 @@ def transition(args):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the line `note` says it
             # transition_model_version_stage: the word in the column "Stage" of the model's page.
-            client.transition_model_version_stage(name, number, args.stage)
+            client.transition_model_version_stage(name, number, args.stage, args.archive_existing)
         print(f"stage    {name} version {number}: {stage_of(version)} -> {args.stage}", flush=True)
+        # models:/NAME/STAGE is the newest version in a stage, whichever came there last.
+        staged = [n for n, v in versions_of(name).items() if stage_of(v) == args.stage]
+        if alias in ("staging", "production"):
+            why = f", the newest of {', '.join(staged)}: --archive_existing takes out the others"
+            why = why if staged[-1] != number else ""
+            loads = f"models:/{name}/{args.stage} loads version {staged[-1]}{why}"
+            print(f"stage    {loads}", flush=True)
 
     # An alias points at one version: this one, if the stage is one that programs load from.
     aliases = client.get_registered_model(name).aliases
@@ -193,14 +214,19 @@ def transition(args):
     return result | {"aliases": {alias: str(target) for alias, target in aliases.items()}}
 
 
-def load(args, uri, run):
-    """Load the model at `uri`, which `run` logged, and try it on request."""
+def load(args, uri, run, pixels=None):
+    """Load the model at `uri`, which `run` logged, and try it on request.
+
+    `pixels` says what it takes, if its version does.
+    """
     import mlflow
 
     from common import runs, storage, training
+    from scripts import comparison
 
     with storage.checked_copy(uri) as folder:  # checked: nothing in it runs
-        # load_model: the network, ready to be called, without the code that defined it.
+        # load_model: the network, ready to be called, without the code that defined it. It is in
+        # eval mode already; .eval() and .train() raise NotImplementedError, so leave them out.
         network = mlflow.pytorch.load_model(folder)
     count = sum(parameter.numel() for parameter in network.parameters())
     print(f"load     {uri}  {count} parameters", flush=True)
@@ -209,7 +235,7 @@ def load(args, uri, run):
         return result
     dataset = runs.recorded_dataset(run, args.dataset) if run else args.dataset
     test = training.load_data(dataset or "mnist", args.data_dir, train=False)
-    scores = training.evaluate(network, test.images, test.labels)
+    scores = comparison.score(network, test, uri, pixels)
     runs.print_samples(test, scores.predictions)
     accuracy, count = scores.accuracy, len(test.labels)
     print(f"score    {uri}  test_accuracy {accuracy:.4f} on {count} images", flush=True)

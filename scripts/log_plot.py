@@ -47,7 +47,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import re
 
     import mlflow
@@ -62,7 +62,7 @@ def main(argv=None):
     else:
         named = [latest.latest_run(args.experiment)]
     for run in named:
-        print(f"run      {run.info.run_id}  {run.info.run_name}", flush=True)
+        print(f"run      {run.info.run_id}  {runs.run_address(run)}", flush=True)
     found = [one for run in named for one in [run, *children(run)]]
     drawn = list({run.info.run_id: run for run in found}.values())  # each once
 
@@ -98,7 +98,7 @@ def main(argv=None):
     figure = figures.curves_figure(curves, title, ylabel)
     for run in named:
         client.log_figure(run.info.run_id, figure, path)
-        print(f"plot     {path}  {runs.run_address(run)}", flush=True)
+        print(f"plot     {path}  run {run.info.run_id}", flush=True)
     cli.print_result(run_ids=[run.info.run_id for run in named], plot=path, curves=len(curves))
 
 

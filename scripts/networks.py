@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.training import PIXEL_MEAN, PIXEL_STD
+from common.training.networks import PIXEL_MEAN, PIXEL_STD
 
 
 class SimpleCNN(nn.Module):

@@ -64,7 +64,7 @@ def main(argv=None):
     if args.from_alias == alias:
         parser.error(f"--from_alias and --alias are both {alias}")
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import mlflow
 
     from common import connection, runs
@@ -74,7 +74,8 @@ def main(argv=None):
     connection.connect(args.tracking_uri, args.ca_bundle, args.experiment, args.workspace)
     recorded = promotions.records(args.experiment, name)
     if args.history:
-        print("\n".join(map(str, recorded)) or f"note     no promotion of {name} is recorded")
+        for record in recorded or [f"note     no promotion of {name} is recorded"]:
+            print(record, flush=True)
         return cli.print_result(model_name=name, promotions=[r._asdict() for r in recorded])
     before = runs.alias_version(name, alias)
     if args.undo:
@@ -95,7 +96,8 @@ def main(argv=None):
         outcome, reason = "undone", args.force or f"undo of {last.run_id}"
     else:
         comparison = compare(args, before, candidate)
-        print(comparison, flush=True)
+        for line in str(comparison).split("\n"):
+            print(line, flush=True)
         better, reason = comparison.verdict(args.metric, args.by, args.at_least)
         better &= before is None or comparison.current is not None  # not compared, as forced
         outcome = "promoted" if better else "forced" if args.force else "refused"
@@ -109,8 +111,8 @@ def main(argv=None):
         mlflow.start_run(experiment_id=experiment.experiment_id, run_name=title) as run,
         runs.always_ended(),
     ):
-        run_id, where = run.info.run_id, runs.run_address(run)
-        print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
+        run_id = run.info.run_id
+        print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
         # set_tags: who, from where and why (when is the start of the run); to be searched for.
         tags = {"model": name, "alias": alias, "from": before or "none", "to": after or "none"}
         tags |= {"reason": reason, "outcome": "pending", "number": promotions.next_number(recorded)}
@@ -191,9 +193,15 @@ def compare(args, before, candidate):
     for version in versions:
         name = f"version {version.version}"
         if (other := promotions.trained_on(version)) not in (None, dataset):
+            if not (args.dataset or args.force):  # what serves one purpose is no better at another
+                what = f"{name}, in place, was trained on {other}, and the new one on {dataset}."
+                hint = f"--dataset {dataset} compares the two on these images all the same."
+                raise UserError(what, hint)
             print(f"note     {name} comes from a run on {other}", flush=True)
         try:
-            scores[name] = comparison.score(load(version), test, name)
+            # As the version says, `input`: pixels in [0, 1], or normalised ones.
+            pixels = version.tags.get("input")
+            scores[name] = comparison.score(load(version), test, name, pixels)
         except UserError as error:
             if version is candidate or not args.force:
                 raise

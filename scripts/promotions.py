@@ -51,8 +51,12 @@ def records(experiment_name, model_name):
         filter_string=f"tags.promotion.model = '{model_name}'",
         output_format="list",
     )
-    found.sort(key=lambda run: (int(run.data.tags["promotion.number"]), run.info.start_time))
-    return list(map(_record, found))
+    try:
+        found.sort(key=lambda run: (int(run.data.tags["promotion.number"]), run.info.start_time))
+        return list(map(_record, found))
+    except (LookupError, ValueError) as error:
+        what = f"a run in {experiment_name} is no record of a promotion of {model_name}: {error}."
+        raise UserError(what, "take the tag promotion.model from it, or delete it.") from error
 
 
 def _record(run):
@@ -143,7 +147,9 @@ def existing_version(name, number):
 
 
 def trained_on(version):
-    """Return the data set that the version's run was trained on, if that is known."""
+    """Return the data set that a version's tags name, or else its run; None if neither is known."""
+    if "dataset" in version.tags:
+        return version.tags["dataset"]
     try:
         return runs.existing_run(version.run_id or "none").data.params.get("dataset")
     except UserError:

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
-from common.errors import TRY_AGAIN, UserError
+from common.errors import STOPPING, TRY_AGAIN, UserError
 
 SOURCE = "sqlite:///mlflow.db"  # where the scripts log to without a server
 INTERVAL = 10  # seconds between two looks at the local store with --follow
@@ -34,7 +34,7 @@ def build_parser():
     register = "register the models under the names that they have in the local store"
     alias = "with --register: move this alias to the version that has it in the local store"
     parser = cli.parser(__doc__)
-    parser.add_argument("--source", type=cli.not_empty, default=SOURCE, metavar="URI", help=source)
+    parser.add_argument("--source", type=cli.path, default=SOURCE, metavar="URI", help=source)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--run_id", type=cli.not_empty, action="append", default=[], help=run_id)
     which.add_argument("--experiment", type=cli.not_empty, metavar="NAME", help=experiment)
@@ -52,7 +52,7 @@ def main(argv=None):
     if args.alias and not args.register:
         parser.error("--alias needs --register: an alias belongs to a registered model")
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import signal
     import tempfile
     import time
@@ -63,7 +63,9 @@ def main(argv=None):
     from common import connection
     from scripts import local_store
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the copy in TMPDIR would stay
+    for stop in STOPPING:
+        if signal.getsignal(stop) == signal.SIG_DFL:  # else the copy in TMPDIR would stay
+            signal.signal(stop, lambda number, _: sys.exit(128 + number))
     sent = dict.fromkeys(("runs", "points", "files", "models", "versions"), 0)
     ids = {}  # {id of a run in the local store: its id on the server}
     with tempfile.TemporaryDirectory() as folder:
@@ -159,8 +161,7 @@ def publish_run(local, server, run, there, experiment, ids, sent):
         sent["runs"] += 1
     run_id = there.info.run_id
     if info.run_id not in ids:
-        words = f"experiment {experiment.name}  {runs.run_address(there)}"
-        print(f"run      {info.run_id} -> {run_id}  {words}", flush=True)
+        print(f"run      {info.run_id} -> {run_id}  {runs.run_address(there)}", flush=True)
 
     # log_batch: parameters, tags, and the points of all metrics. The client splits what is more
     # than a request may hold; a point that is sent twice is stored once.

@@ -142,10 +142,12 @@ def linking(folder):
     def link(path, parent):
         target = Path(folder, parent or "", Path(path).name)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            (shutil.copyfile if target.name == "MLmodel" else os.link)(path, target)
-            storage.open_to_group(folder.parent)
+            own = storage.claim(folder.as_uri())  # nobody else can plant links there
+            there = own / target.relative_to(folder.parent)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.unlink(missing_ok=True)
+            (shutil.copyfile if there.name == "MLmodel" else os.link)(path, there)
+            storage.open_to_group(own)
         except OSError as error:
             what = f"{path} cannot be linked to {target}: {error.strerror}."
             raise UserError(

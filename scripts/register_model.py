@@ -39,7 +39,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import mlflow
 
     from common import connection, runs
@@ -51,10 +51,18 @@ def main(argv=None):
     run = runs.finished_run(run_id)
     model_uri = runs.model_uri(run, name=None)
     runs.check_registrable(args.model_name, model_uri)
-    print(f"run      {run_id}  {run.info.run_name}  {model_uri}", flush=True)
+    print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
 
     # 2. Register. register_model: makes the name if it does not exist, and adds a version to it.
     version = mlflow.register_model(model_uri, args.model_name, tags={"registered_by": runs.user()})
+    # update_model_version: the description, on the version's page: its scores, and on which data.
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in sorted(run.data.metrics.items()))
+    data = ", ".join(f"{d.dataset.name} ({d.dataset.digest})" for d in run.inputs.dataset_inputs)
+    mlflow.MlflowClient().update_model_version(
+        args.model_name,
+        version.version,
+        description=f"{scores or 'No score'}; data: {data or 'not recorded'}; run {run_id}",
+    )
     print(f"model    {args.model_name} version {version.version}", flush=True)
     cli.print_result(
         run_id=run_id,

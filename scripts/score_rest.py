@@ -69,17 +69,23 @@ def main(argv=None):
 
     # 2. Ask.
     url = args.url.rstrip("/").removesuffix("/invocations") + "/invocations"
-    answers = ask(url, payload)
+    answers = ask(url, payload, len(truth or rows))
 
     # 3. Print the answers. A network returns one logit per class; the largest is the prediction.
     if truth:
-        answers = [row.index(max(row)) for row in answers]
+        try:
+            answers = [list.index(row, max(row)) for row in answers]
+        except (AttributeError, TypeError, ValueError) as error:
+            what = "the served model does not answer with one number per class and image."
+            raise UserError(
+                what, "serve a model of train_mnist_mlflow.py, or send rows."
+            ) from error
         for i, (true, predicted) in enumerate(zip(truth, answers, strict=True)):
             print(f"sample   {i}  true {true}  predicted {predicted}", flush=True)
     else:
         for row, predicted in zip(rows, answers, strict=True):
             print(f"row      {row}  predicted {predicted}", flush=True)
-    cli.print_result(url=url, predictions=answers)
+    cli.print_result(url=without_login(url), predictions=answers)
 
 
 def rows_in(text, width):
@@ -94,28 +100,34 @@ def rows_in(text, width):
     return rows if good and rows else None
 
 
-def ask(url, payload):
-    """Post the payload, and return the predictions; or raise UserError with what went wrong."""
+def without_login(url):
+    """Return the address without user and password, to be printed."""
+    scheme, slashes, rest = url.rpartition("//")
+    return scheme + slashes + rest.rpartition("@")[2]
+
+
+def ask(url, payload, count):
+    """Post the payload, and return `count` predictions; or raise UserError with what went wrong."""
     import re
     from urllib.parse import urlsplit
 
     import requests
 
-    session = requests.Session()
+    shown, session = without_login(url), requests.Session()
     # A compute node's proxy cannot reach a server on this machine, so loopback goes without it.
     session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
     try:
         response = session.post(url, json=payload, timeout=(10, 120))
     except (requests.RequestException, ValueError) as error:
         found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
-        reason = found[1] if found else str(error)[:200]
+        reason = found[1] if found else str(error)[:200].replace(url, shown)
         raise UserError(
-            f"no served model answers at {url}: {reason}",
+            f"no served model answers at {shown}: {reason}",
             'mlflow models serve -m "models:/NAME/1" --env-manager local --port 1234',
         ) from error
     try:
         answer = response.json()
-    except ValueError:
+    except (RecursionError, ValueError):
         answer = None
     if response.status_code != 200 and isinstance(answer, dict):
         # MLflow's message repeats the whole request before it says what is wrong.
@@ -124,12 +136,13 @@ def ask(url, payload):
             f"the served model refuses the request (error {response.status_code}): {said}",
             "the model's page names the inputs it takes: columns, or images (--images).",
         )
-    if not isinstance(answer, dict) or "predictions" not in answer:
+    predictions = answer.get("predictions") if isinstance(answer, dict) else None
+    if not isinstance(predictions, list) or len(predictions) != count:
         raise UserError(
-            f"{url} answers (status {response.status_code}), but not as a served model.",
+            f"{shown} answers (status {response.status_code}), but not as a served model.",
             "is it the port of mlflow models serve, and not of the tracking server?",
         )
-    return answer["predictions"]
+    return predictions
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ import argparse
 import math
 import sys
 
+from common import cli
+
 
 def add_config_argument(parser):
     """Add `--config`; `parse_with_config` reads the file."""
     parser.add_argument(
         "--config",
+        type=cli.path,
         metavar="FILE",
         help="YAML file of flags, such as `epochs: 5`; typed flags win (default: none)",
     )
@@ -23,16 +26,19 @@ def parse_with_config(parser, argv=None):
 
     try:
         with open(args.config, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            if len(text := file.read(2**20)) == 2**20:
+                raise ValueError(f"{args.config} is too long")
+        settings = yaml.load(text, yaml.BaseLoader)  # texts: a 010 stays 010
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         parser.error(f"argument --config: {' '.join(str(error).split())}")
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or any(isinstance(v, dict | list) for v in settings.values()):
         parser.error(f"argument --config: {args.config} must hold lines of the form `name: value`")
     known = {action.dest for action in parser._actions} - {"help", "config"}
     if unknown := sorted(map(str, settings.keys() - known)):
         parser.error(f"argument --config: {args.config} sets {', '.join(unknown)}: no such flag")
     typed = sys.argv[1:] if argv is None else argv
-    return parser.parse_args([*(f"--{name}={value}" for name, value in settings.items()), *typed])
+    given = {name: value for name, value in settings.items() if value not in ("", "null", "~")}
+    return parser.parse_args([*(f"--{name}={value}" for name, value in given.items()), *typed])
 
 
 def fraction(text):

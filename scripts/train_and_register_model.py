@@ -69,7 +69,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import copy
     import tempfile
 
@@ -92,6 +92,7 @@ def main(argv=None):
 
     # set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment_name)
+    runs.check_place(experiment, network)  # can files be written there?
 
     # 2. Train and track. start_run: the run's page; leaving the `with` block ends it.
     with (
@@ -99,7 +100,7 @@ def main(argv=None):
         runs.always_ended(),
     ):
         run_id = run.info.run_id
-        print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
+        print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
         # log_params: what was set before training; the columns to compare runs by.
         mlflow.log_params(
             {
@@ -120,6 +121,13 @@ def main(argv=None):
                 **runs.job_tags(),
             }
         )
+        # log_input: which data, by name and digest; under "Datasets" on the page.
+        for split, context in ((train, "training"), (test, "test")):
+            images, labels = split.images.numpy(), split.labels.numpy()
+            dataset = mlflow.data.from_numpy(
+                images, split.source, labels, name=args.dataset, digest=split.digest
+            )
+            runs.patiently(mlflow.log_input, dataset, context=context)
         best = None
         for epoch in training.epochs(
             network, optimizer, train, validation, args.epochs, args.batch_size, args.seed
@@ -170,7 +178,7 @@ def main(argv=None):
             {
                 "model": type(network).__name__,
                 "total_parameters": networks.count_parameters(network),
-                "input": "float32 pixels in [0, 1], shape (N, 1, 28, 28)",
+                "input": training.INPUT,
                 "class_names": test.class_names,
                 "dataset": args.dataset,
                 "dataset_digest": everything.digest,
@@ -192,12 +200,15 @@ def main(argv=None):
             input_example=training.input_example(test.images),
             pip_requirements=training.pip_requirements(),
             step=best.number,
+            metadata={"input": training.INPUT},  # in the file MLmodel
+            tags={"input": training.INPUT},  # on the model's page
         )
 
     # 4. Register. register_model: a new version under "Models", linked to the run. A name that
     # exists already is no error, it gets the next version. (runs:/RUN_ID/pytorch_model would work,
     # too: MLflow resolves it to models:/m-...)
-    version = mlflow.register_model(logged.model_uri, args.model_name)
+    tags, _ = runs.facts(run_id, args.dataset, test, best.val_accuracy, training.INPUT)
+    version = mlflow.register_model(logged.model_uri, args.model_name, tags=tags)
     # update_model_version: the description, on the version's page.
     description = f"SimpleCNN trained with lr={args.lr}, batch_size={args.batch_size}"
     mlflow.MlflowClient().update_model_version(

@@ -62,7 +62,7 @@ def build_parser():
 def main(argv=None):
     args = settings.parse_with_config(build_parser(), argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import mlflow
     import torch
 
@@ -81,11 +81,12 @@ def main(argv=None):
 
     # set_experiment: like a project folder; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    runs.check_place(experiment, network)  # can files be written there?
 
     # 2. Train and log. start_run: one training attempt, with a page of its own.
     with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
         run_id = run.info.run_id
-        print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
+        print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
         # set_tags: who, from which commit, in which batch job.
         mlflow.set_tags(
             {
@@ -105,6 +106,13 @@ def main(argv=None):
                 "dataset": args.dataset,
             }
         )
+        # log_input: which data, by name and digest; under "Datasets" on the page.
+        for split, context in ((train, "training"), (test, "test")):
+            images, labels = split.images.numpy(), split.labels.numpy()
+            dataset = mlflow.data.from_numpy(
+                images, split.source, labels, name=args.dataset, digest=split.digest
+            )
+            runs.patiently(mlflow.log_input, dataset, context=context)
         for epoch in training.epochs(
             network, optimizer, train, validation, args.epochs, args.batch_size, args.seed
         ):
@@ -150,6 +158,8 @@ def main(argv=None):
             input_example=training.input_example(test.images),
             pip_requirements=training.pip_requirements(),
             step=args.epochs,
+            metadata={"input": training.INPUT},  # in the file MLmodel
+            tags={"input": training.INPUT},  # on the model's page
         )
     cli.print_result(
         run_id=run_id,

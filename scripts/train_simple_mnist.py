@@ -54,7 +54,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import tempfile
 
     import mlflow
@@ -74,11 +74,12 @@ def main(argv=None):
 
     # set_experiment: makes it if it does not exist; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    runs.check_place(experiment, network)  # can files be written there?
 
     # 2. Train and log. start_run: everything logged in this block belongs to this run.
     with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
         run_id = run.info.run_id
-        print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
+        print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
         # log_params: once per run; the table "Parameters" on its page.
         mlflow.log_params(
             {
@@ -89,6 +90,16 @@ def main(argv=None):
                 "dataset": args.dataset,
             }
         )
+        # set_tags: words to find the run by; what it is, who trained it, from which commit.
+        tags = {"model.type": "Computer Vision", "dataset": args.dataset, "owner": runs.user()}
+        mlflow.set_tags({**tags, **runs.git_tags(__file__), **runs.job_tags()})
+        # log_input: which data, by name and digest; under "Datasets" on the page.
+        for split, context in ((train, "training"), (test, "validation")):
+            images, labels = split.images.numpy(), split.labels.numpy()
+            dataset = mlflow.data.from_numpy(
+                images, split.source, labels, name=args.dataset, digest=split.digest
+            )
+            runs.patiently(mlflow.log_input, dataset, context=context)
         for epoch in training.epochs(
             network, optimizer, train, test, args.epochs, args.batch_size, args.seed
         ):

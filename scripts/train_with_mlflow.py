@@ -47,7 +47,7 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     from importlib.metadata import version
 
     import mlflow
@@ -76,7 +76,7 @@ def main(argv=None):
     # 2. Train and log. start_run: one run is one execution of this script.
     with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
         run_id = run.info.run_id
-        print(f"run      {run_id}  {run.info.run_name}  {runs.run_address(run)}", flush=True)
+        print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
         forest = RandomForestClassifier(
             n_estimators=args.n_estimators, max_depth=args.max_depth, random_state=seed
         )
@@ -95,6 +95,14 @@ def main(argv=None):
         mlflow.log_params(
             {"n_estimators": args.n_estimators, "max_depth": args.max_depth, "seed": args.seed}
         )
+        # log_input: which data, by name, digest and schema; under "Datasets" on the page.
+        flowers = mlflow.data.from_pandas(
+            x_train.assign(species=y_train),
+            source="https://archive.ics.uci.edu/dataset/53",
+            targets="species",
+            name="iris",
+        )
+        mlflow.log_input(flowers, context="training")
         # log_metrics: what came out; the table "Metrics". Precision, recall and F1 are means over
         # the three classes.
         mlflow.log_metrics(metrics)

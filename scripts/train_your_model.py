@@ -90,7 +90,7 @@ def main(argv=None):
     if args.alias and not args.register:
         parser.error("--alias needs --register")
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     from importlib import metadata
 
     import mlflow
@@ -109,6 +109,7 @@ def main(argv=None):
     runs.check_export(network, example)  # can it be stored?
     # set_experiment: the run joins the others of this experiment, on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    runs.check_place(experiment, network)  # can files be written there?
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     network = network.to(device)
@@ -117,8 +118,8 @@ def main(argv=None):
 
     # 2. Train and track. start_run: the run's page; leaving the `with` block ends the run.
     with mlflow.start_run(experiment_id=experiment.experiment_id) as run, runs.always_ended():
-        run_id, where = run.info.run_id, runs.run_address(run)
-        print(f"run      {run_id}  experiment {args.experiment}  {where}", flush=True)
+        run_id = run.info.run_id
+        print(f"run      {run_id}  {runs.run_address(run)}", flush=True)
         print(f"device   {device.type}", flush=True)
         # set_tags: words to find the run by, in the search bar and on its page.
         tags = {"owner": runs.user(), "model.class": type(network).__name__}

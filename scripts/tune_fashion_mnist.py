@@ -50,7 +50,7 @@ def build_parser():
     )
     parser.add_argument(
         "--storage",
-        type=cli.not_empty,
+        type=cli.path,
         help="where the study is kept: sqlite:///FILE, another database, or the path of a log file "
         "(default: it is not kept)",
     )
@@ -74,7 +74,7 @@ def build_parser():
 def main(argv=None):
     args = settings.parse_with_config(build_parser(), argv)
 
-    # Heavy imports wait until the arguments are known to be good, so --help answers at once.
+    cli.say_imports()  # they take seconds, and wait here so that --help answers at once
     import contextlib
     import tempfile
 
@@ -94,6 +94,7 @@ def main(argv=None):
 
     # set_experiment: like a project folder; on the left in the UI.
     experiment = mlflow.set_experiment(args.experiment)
+    runs.check_place(experiment)  # can files be written there?
     with contextlib.ExitStack() as stack:
         if not args.storage:  # a temporary log file, which the processes of --jobs share
             folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -114,8 +115,8 @@ def main(argv=None):
         )
         stack.enter_context(runs.always_ended())
         parent = mlflow.active_run()
-        where = runs.run_address(parent)
-        print(f"run      {parent.info.run_id}  study {args.study}  {where}", flush=True)
+        print(f"run      {parent.info.run_id}  {runs.run_address(parent)}", flush=True)
+        print(f"study    {args.study}", flush=True)
         if not parent_run_id:
             # set_tags, log_params: what holds for all trials stands with the parent.
             mlflow.set_tags(
@@ -238,6 +239,10 @@ def work_in_processes(args, splits, parent_run_id, count):
 
     context = multiprocessing.get_context("spawn")  # a forked process could not use the GPU
     processes = []
+    print(
+        f"trials   {count}  in {args.jobs} processes; a line at the end of each",
+        flush=True,
+    )
     try:
         for worker in range(min(args.jobs, count)):
             share = len(range(worker, count, args.jobs))
@@ -272,6 +277,7 @@ def work_alone(args, splits, parent_run_id, count, worker):
 
     from common import connection
 
+    cli.guard()
     connection.settle()
     if mlflow.get_tracking_uri().startswith("http"):
         connection.trust()

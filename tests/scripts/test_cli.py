@@ -1,11 +1,18 @@
 """Flags: instant help, checked values, one spelling."""
 
+import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import FURTHER_SCRIPTS, ROOT, SCRIPTS, clean_environment, fails, run
+
+import train_mnist_mlflow
+from common import cli, connection
+from common.errors import UserError
 
 HEAVY = (
     "torch",
@@ -70,6 +77,8 @@ BAD_VALUES = [
     ("train_mnist_mlflow.py", "--model_name", "what?"),
     ("train_mnist_mlflow.py", "--model_name", " MNIST_CNN"),
     ("train_mnist_mlflow.py", "--model_name", "two\nlines"),
+    ("train_mnist_mlflow.py", "--model_name", ".."),
+    ("train_mnist_mlflow.py", "--experiment", "two\nlines"),
     ("register_and_inference.py", "--alias", "a" * 256),
     ("train_mnist_mlflow.py", "--experiment", ""),
     ("Modify_artifact_location.py", "--target_path", ""),
@@ -90,6 +99,72 @@ def test_bad_value_is_a_usage_error_that_names_it(script, flag, value, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_that_mlflow_refuses(capsys):
+    """Or that a database has no space for."""
+    for flag, value in (
+        ("--experiment", "e" * 600),
+        ("--experiment", "caf\udce9"),  # bytes that are no text in this locale
+        ("--workspace", "w" * 501),
+        ("--model_name", "."),
+        ("--model_name", "m" * 256),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train_mnist_mlflow.build_parser().parse_args([flag, value])
+        assert stopped.value.code == 2
+        assert f"error: argument {flag}: must be" in capsys.readouterr().err
+
+
+def test_home_is_expanded_where_no_shell_does_it(monkeypatch):
+    """It leaves the ~ in `--data_dir=~/data` alone, and in what another program has set."""
+    monkeypatch.setenv("HOME", "/home/8cf")
+    train = train_mnist_mlflow.build_parser().parse_args
+    assert train(["--data_dir=~/data"]).data_dir == "/home/8cf/data"
+    assert train(["--checkpoint=~/ck"]).checkpoint == "/home/8cf/ck"
+    assert train([]).data_dir == "./data" and cli.path("a~b") == "a~b"
+    assert cli.path("sqlite:///~/study.db") == "sqlite:////home/8cf/study.db"
+    assert cli.path("models:/NAME@alias") == "models:/NAME@alias"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///~/mlflow.db")
+    assert connection.address()[0] == "sqlite:////home/8cf/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "~/ca.pem")
+    with pytest.raises(UserError, match="can be read from /home/8cf/ca.pem: No such file"):
+        connection.trust()
+
+
+SPACE = """
+import sys
+from common import cli
+
+def main():
+    if sys.argv[1] == "print":
+        print("a line of a job's log", flush=True)
+    elif sys.argv[1] == "text":
+        raise RuntimeError("The following failures occurred: x: [Errno 122] Disk quota exceeded")
+    try:
+        open("/dev/full", "wb", buffering=0).write(b"x")
+    except OSError as error:
+        raise ValueError("the model could not be logged") from error
+
+cli.run(main)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("where", ["print", "text", "cause"])
+def test_no_space_left_anywhere(where, tmp_path):
+    with open("/dev/full" if where == "print" else os.devnull, "w") as log:
+        process = subprocess.run(
+            [sys.executable, "-c", SPACE, where],
+            cwd=tmp_path,
+            env=clean_environment(PYTHONPATH=str(ROOT)),
+            stdout=log,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    said = "Disk quota exceeded" if where == "text" else "No space left on device"
+    assert process.stderr.startswith(f"error: {said}.\nhint:  make room there")
+    assert process.returncode and "Traceback" not in process.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "flag"),
     [
@@ -105,6 +180,14 @@ def test_required_flags(script, flag, tmp_path):
 
 def test_flags_cannot_be_abbreviated(tmp_path):
     assert "--epoch 3" in run("train_mnist_mlflow.py", "--epoch", 3, cwd=tmp_path, code=2).err
+
+
+def test_mistyped_flag_is_what_torchrun_says_last(tmp_path):
+    """It shows what stands in this file below thirty lines of its own."""
+    said = tmp_path / "error.json"
+    variables = {"TORCHELASTIC_ERROR_FILE": str(said)}
+    run("train_mnist_mlflow.py", "--epoch", 3, cwd=tmp_path, code=2, **variables)
+    assert json.loads(said.read_text())["message"] == "error: unrecognized arguments: --epoch 3"
 
 
 def test_model_name_without_register(tmp_path):
@@ -131,8 +214,39 @@ def test_package_that_is_too_old(name, found, tmp_path):
     run("train_mnist_mlflow.py", "--help", cwd=tmp_path, PYTHONPATH=path)
 
 
+@pytest.mark.parametrize("name", ["torchvision", "matplotlib.pyplot", "sklearn"])
+def test_package_that_is_missing(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        error = ModuleNotFoundError(f"No module named {name!r}", name=name)
+        cli.print_and_exit(ModuleNotFoundError, error, None)
+    assert ended.value.code == 1
+    what, hint = capsys.readouterr().err.splitlines()
+    assert "not installed" in what and repr(name) in what and "pip install -r" in hint
+
+
 def test_packages_that_are_missing(tmp_path):
     command = [sys.executable, "-S", str(ROOT / "train_mnist_mlflow.py")]  # -S: no site-packages
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 1 and "Traceback" not in process.stderr
     assert "error: mlflow 3.17 or newer is needed, and none is installed." in process.stderr
+
+
+def test_a_script_ends_at_once_and_loses_nothing(tmp_path):
+    """The interpreter takes nothing apart; threads and handlers have had their turn before."""
+    (tmp_path / "script.py").write_text(
+        "import atexit, sys, threading, time\n"
+        "class Kept:\n"
+        "    def __del__(self): print('taken apart', flush=True)\n"
+        "def main():\n"
+        "    sys.modules['kept'] = Kept()\n"
+        "    atexit.register(print, 'handler')\n"
+        "    wait = lambda: (time.sleep(0.3), print('thread'))\n"
+        "    threading.Thread(target=wait).start()\n"
+        "    print('main')\n"
+        "    if sys.argv[1:]: raise SystemExit(7)\n"
+        "from common import cli\n"
+        "cli.run(main)\n"
+    )
+    for arguments, code, last in (((), 0, []), (("fail",), 7, ["taken apart"])):
+        finished = run(tmp_path / "script.py", *arguments, cwd=tmp_path, code=code, PYTHONPATH=ROOT)
+        assert finished.out.split("\n")[:-1] == ["main", "thread", "handler", *last]

@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import platform
 import subprocess
 import sys
+from importlib import metadata
 
 import mlflow
 import numpy as np
@@ -22,9 +24,12 @@ def logged_run(local, client):
     return client.get_run(local.run_id)
 
 
-def test_first_line_says_where_and_last_line_is_json(local):
-    lines = local.trained.out.splitlines()
-    assert lines[0].startswith("tracking sqlite:///mlflow.db  (local, because neither")
+def test_first_lines_say_what_takes_time_and_where_and_the_last_is_json(local):
+    first, second, third, *lines = local.trained.out.splitlines()
+    versions = [f"{name} {metadata.version(name)}" for name in ("mlflow", "torch")]
+    assert first == f"import   {'  '.join(versions)}  Python {platform.python_version()}"
+    assert second.startswith("tracking sqlite:///mlflow.db  (local, because neither")
+    assert third == f"store    creating {local.folder / 'mlflow.db'}"
     result = local.trained.result
     assert result["model_name"] == "MNIST_CNN"
     assert result["model_version"] == "1"
@@ -76,7 +81,7 @@ def test_params(logged_run):
 
 
 def test_metrics_have_one_point_per_epoch(local, client):
-    for name in ("train_loss", "val_accuracy"):
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
         history = client.get_metric_history(local.run_id, name)
         assert [point.step for point in history] == list(range(1, 9))
     losses = [point.value for point in client.get_metric_history(local.run_id, "train_loss")]
@@ -123,6 +128,36 @@ def test_registered_version_points_at_the_run(local, client):
     version = client.get_model_version_by_alias("MNIST_CNN", "production")
     assert str(version.version) == "1"
     assert version.run_id == local.run_id
+
+
+def test_the_version_and_the_model_say_what_they_are(local, client, logged_run):
+    """Its score, its data and what it takes, in words that the UI shows."""
+    from common import training
+
+    version, digest = client.get_model_version("MNIST_CNN", "1"), logged_run.inputs.dataset_inputs
+    digest = {item.tags[0].value: item.dataset.digest for item in digest}["validation"]
+    accuracy = f"{local.trained.result['val_accuracy']:.4f}"
+    said = {"dataset": "digits", "dataset.digest": digest, "val_accuracy": accuracy}
+    assert said | {"run_id": local.run_id, "input": training.INPUT} == {
+        name: value for name, value in version.tags.items() if name != "launch"
+    }
+    for words in (*said.values(), local.run_id, "pixels in [0, 1]", "normalises them itself"):
+        assert words in version.description
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert logged.tags["input"] == training.INPUT
+    uri = client.get_model_version_download_uri("MNIST_CNN", "1")
+    folder = mlflow.artifacts.download_artifacts(uri)
+    assert mlflow.models.Model.load(folder).metadata["input"] == training.INPUT
+    assert logged_run.data.tags["settings"] == "digits, 8 epochs, batch 64, lr 0.001, seed 0"
+
+
+def test_the_line_run_names_the_experiment_and_ends_in_an_address(local):
+    (line,) = (line for line in local.trained.out.splitlines() if line.startswith("run "))
+    store, page = "mlflow ui --backend-store-uri sqlite:///mlflow.db", "#/experiments/1/runs"
+    assert line == (
+        f"run      {local.run_id}  experiment mnist_cnn_pytorch  "
+        f"{store}  # http://127.0.0.1:5000/{page}/{local.run_id}"
+    )
 
 
 LOAD_ELSEWHERE = """
@@ -210,7 +245,10 @@ def test_mnist_files_are_found_in_data_dir(mnist_dir, tmp_path):
 
 @pytest.mark.slow
 def test_script_and_common_alone_are_enough(tmp_path):
-    """What people copy: one script and common/, in a folder that is no git checkout."""
+    """What people copy: one script and common/, into a git checkout of something else.
+
+    Started from a notebook, in an odd locale: what these leave in the environment does not matter.
+    """
     import shutil
 
     copy = tmp_path / "copy"
@@ -218,7 +256,12 @@ def test_script_and_common_alone_are_enough(tmp_path):
     shutil.copy(ROOT / "train_mnist_mlflow.py", copy)
     work = tmp_path / "work"
     work.mkdir()
-    result = run(copy / "train_mnist_mlflow.py", "--dataset", "digits", cwd=work).result
+    (tmp_path / "of something else").touch()
+    for command in ("init -q", "add of*", "-c user.name=a -c user.email=a@b commit -q -m x"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    left = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii"}
+    experiment = ("--dataset", "digits", "--experiment", "Zürich")
+    result = run(copy / "train_mnist_mlflow.py", *experiment, cwd=work, **left).result
     tags = mlflow.MlflowClient(f"sqlite:///{work}/mlflow.db").get_run(result["run_id"]).data.tags
     assert not [name for name in tags if name.startswith("git.")]
     assert tags["model.class"] == "MNISTCNN"

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -76,7 +77,7 @@ def test_these_are_the_commands_of_the_guides():
     assert len(ours) == 25
     folder = ROOT.parent / "shared" / "guides"
     if not folder.is_dir():
-        pytest.skip(f"no guides in {folder}")
+        pytest.skip(f"no guides in {folder}: their texts, 2-save-log-register.md ..., go there")
     theirs = set()
     for guide in ("2-save-log-register", "3-tutorial", "4-intro", "5-demo"):
         text = (folder / f"{guide}.md").read_text(errors="replace")
@@ -233,10 +234,15 @@ def guide_2(walk):
     assert "there is no experiment 'nowhere'" in missing.error
 
 
+def data_sets(run):
+    return {(item.dataset.name, item.tags[0].value) for item in run.inputs.dataset_inputs}
+
+
 def check_what_is_logged(client, ended, downloads):
     result = ended[TRAIN].result
     trained = client.get_run(result["run_id"])
     assert trained.info.status == "FINISHED"
+    assert data_sets(trained) == {("digits", "training"), ("digits", "test")}
     params = trained.data.params
     assert params["model"] == "SimpleCNN" and params["total_parameters"] == "95050"
     assert params["batch_size"] == "32" and params["learning_rate"] == "0.001"
@@ -255,20 +261,30 @@ def check_what_is_logged(client, ended, downloads):
     assert metadata["best_epoch"] == result["best_epoch"]
     assert "95,050" in mlflow.artifacts.load_text(f"{uri}/model_summary.txt")
     path = mlflow.artifacts.download_artifacts(f"{uri}/best_model.pt", dst_path=str(downloads))
+    # As the page has it, pasted.
+    blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (n,) = (n for n, block in enumerate(blocks) if "torch.load(" in block[1])
+    assert shlex.split(blocks[n - 1][1]) == [
+        *("python", "-m", "common.connection", "artifacts", "download", "--run-id", "<RUN_ID>"),
+        *("--artifact-path", "best_model.pt", "--dst-path", "."),
+    ]
     code = (
-        "import sys, torch\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from scripts.networks import SimpleCNN\n"
+        f"{blocks[n][1]}"
+        "import sys\n"
         "from common import training\n"
-        "checkpoint = torch.load(sys.argv[1])\n"
-        "model = SimpleCNN()\n"
-        "model.load_state_dict(checkpoint)\n"
         "assert 'mlflow' not in sys.modules\n"
         "test = training.load_data('digits', '', train=False)\n"
-        "print(training.evaluate(model.eval(), test.images, test.labels).accuracy)\n"
+        "print(training.evaluate(model, test.images, test.labels).accuracy)\n"
     )
-    command = [sys.executable, "-c", code, path]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(path).parent,
+        env=clean_environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed = process.stdout
     assert float(printed) == pytest.approx(result["test_accuracy"], abs=1e-9)
 
     custom = client.get_run(ended[SCRIPT_COMMANDS[1]].result["run_id"])
@@ -281,6 +297,7 @@ def check_what_is_registered(session, client, ended):
     version = client.get_model_version("simple-cnn-classifier", "1")
     assert version.run_id == result["run_id"]
     assert version.description == "SimpleCNN trained with lr=0.001, batch_size=32"
+    assert version.tags["dataset"] == "digits" and "pixels in [0, 1]" in version.tags["input"]
     assert version.current_stage == "Production"
     for name in ("simple-cnn-classifier", "image-classifier"):
         aliases = client.get_registered_model(name).aliases
@@ -294,6 +311,20 @@ def check_what_is_registered(session, client, ended):
     assert by_alias["model_version"] == "1" and by_alias["parameters"] == 95050
     latest = session.type(f"{USE} from-registry image-classifier").result
     assert latest["model_version"] == "2"
+    # A stage may hold several versions, and its address loads the newest: that is said.
+    session.type(f"{USE} transition image-classifier 2 Production")
+    back = session.type(f"{USE} transition image-classifier 1 Production")
+    address = "stage    models:/image-classifier/Production loads version"
+    assert f"{address} 2, the newest of 1, 2: --archive_existing takes out the others" in back.out
+    staged = session.type(f"{USE} from-registry image-classifier --stage Production").result
+    assert staged["model_version"] == "2" and back.result["aliases"] == {"production": "1"}
+    alone = session.type(f"{USE} transition image-classifier 1 Production --archive_existing")
+    assert f"{address} 1\n" in alone.out
+    staged = session.type(f"{USE} from-registry image-classifier --stage Production").result
+    assert staged["model_version"] == "1"
+    assert client.get_model_version("image-classifier", "2").current_stage == "Archived"
+    wrong = session.type(f"{USE} transition image-classifier 1 None --archive_existing", code=2)
+    assert "--archive_existing is for Staging and Production" in wrong.err
     # Leaving a stage takes its alias away.
     archived = session.type(f"{USE} transition image-classifier 1 Archived").result
     assert archived["aliases"] == {}
@@ -351,6 +382,8 @@ def guide_3(walk):
     assert {"lr": "0.001", "batch_size": "64", "epochs": "5"}.items() <= logged.data.params.items()
     assert set(logged.data.metrics) == {"train_loss", "train_acc", "val_loss", "val_acc"}
     assert logged.data.metrics["val_acc"] > 0.9
+    assert logged.data.tags["model.type"] == "Computer Vision"  # the guide's step 5
+    assert data_sets(logged) == {("digits", "training"), ("digits", "validation")}
     assert [file.path for file in client.list_artifacts(run_id)] == ["model.pth"]
 
     latest = session.type(f"{INFER} --seed 1")
@@ -390,14 +423,22 @@ def guide_4(walk):
         "feature_importances.json",
     }
     assert len(logged.outputs.model_outputs) == 1  # the fourth artifact
+    (data,) = [item.dataset for item in logged.inputs.dataset_inputs]  # name, type and schema
+    assert data.name == "iris" and data.source_type == "http"
+    columns = [column["name"] for column in json.loads(data.schema)["mlflow_colspec"]]
+    assert columns[0] == "sepal_length" and len(columns) == 5
     assert "Failed to validate" not in trained.err
     versions = [session.type(REGISTER).result["model_version"] for _ in range(2)]
     assert versions == ["1", "2"]
     again = session.type(f"{REGISTER} --run_id {run_id} --model_name iris").result
     assert again["model_name"] == "iris" and again["model_version"] == "1"
+    description = client.get_model_version("iris", "1").description
+    assert f"accuracy {trained.result['accuracy']:.4f}, " in description
+    assert f"data: iris ({data.digest})" in description and run_id in description
     assert client.get_model_version("New Registered Model", "1").run_id == run_id
     forest = session.type(f'{USE} from-registry "New Registered Model"', code=1)
     assert "it is of the flavor python_function, sklearn" in forest.error
+    assert "mlflow.FLAVOR.load_model" in forest.error and "PICKLE" not in forest.error
 
     port = free_port()
     command = [
@@ -440,6 +481,7 @@ def guide_5(walk):
     logged = client.get_run(one["run_id"])
     assert client.get_experiment(logged.info.experiment_id).name == "Image classification"
     assert logged.data.params["epochs"] == "2"  # the flag wins
+    assert data_sets(logged) == {("digits", "training"), ("digits", "test")}
     assert logged.data.params["learning_rate"] == "0.003"  # of the file
     assert logged.data.metrics["val_accuracy"] > 0.3 and "test_accuracy" in logged.data.metrics
     drawn = session.type(PLOT)  # of the latest run
@@ -599,6 +641,12 @@ def test_settings_files_hold_flags(tmp_path, capsys):
         path = str(ROOT / "scripts" / "cfg" / f"{name}.yaml")
         args = settings.parse_with_config(parser, ["--config", path, "--epochs", "99"])
         assert args.epochs == 99 and args.dataset in ("digits", "fashion_mnist")
+    # A value is what stands there, and none if nothing does.
+    text = "storage:\nstudy: 010\nseed: ~\nexperiment: no\ndata_dir: ~/data\n"
+    (tmp_path / "odd.yaml").write_text(text)
+    args = settings.parse_with_config(parser, ["--config", str(tmp_path / "odd.yaml")])
+    assert (args.storage, args.study, args.seed, args.experiment) == (None, "010", 0, "no")
+    assert args.data_dir == os.path.expanduser("~/data")
     for text, said in (
         ("epoch: 3", "sets epoch: no such flag"),
         ("epochs: many", "--epochs: must be a whole number"),
@@ -637,6 +685,8 @@ def test_the_local_server_starts_serves_and_stops(prefork, tmp_path):
         assert f"export MLFLOW_TRACKING_URI={uri}\n" in started.out
         assert "no key is asked for" in started.err
         assert "runs from this folder already" in local("start", code=1).error
+        # Another account cannot hold its lock, or write another process id into it.
+        assert (tmp_path / f"mlflow-server-{port}.pid").stat().st_mode & 0o077 == 0
         # The run goes to the database, its file into the folder.
         command = "python scripts/train_simple_mnist.py --dataset digits --epochs 1"
         with_server = Session(tmp_path, prefork, MLFLOW_TRACKING_URI=uri)
@@ -665,6 +715,15 @@ def test_the_local_server_starts_serves_and_stops(prefork, tmp_path):
             assert other.connect_ex(("127.0.0.2", int(port))) == errno.ECONNREFUSED
     finally:
         local("stop")
+
+
+def test_the_local_server_on_windows_says_what_to_do(tmp_path):
+    (tmp_path / "fcntl.py").write_text("raise ImportError")
+    command = [sys.executable, str(SERVER), "start"]
+    variables = clean_environment(PYTHONPATH=str(tmp_path))
+    process = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert "mlflow server --backend-store-uri sqlite:///mlflow.db" in process.stderr
 
 
 def test_flags_of_the_local_server_are_those_on_its_page():

@@ -44,6 +44,7 @@ def searched(local):
 def found(client, run_id, filter_string):
     commit = client.get_run(run_id).data.tags.get("git.commit", "")
     filter_string = filter_string.replace("'a1b2c3d'", f"'{commit}'")
+    filter_string = filter_string.replace("a1b2c3d%", f"{commit[:7]}%")
     experiment = client.get_experiment_by_name("mnist_cnn_pytorch")
     runs = client.search_runs([experiment.experiment_id], filter_string)
     return run_id in [found.info.run_id for found in runs]

@@ -1,0 +1,216 @@
+"""What runs, settings and answers hold is not trusted: whatever it is, two lines, and at once."""
+
+import argparse
+import json
+import os
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from conftest import Session
+
+from common import runs, storage, training
+from common.errors import UserError
+from scripts import promotions, score_rest, settings
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", f"{tmp_path}/mlruns")
+    mlflow.set_experiment("Default")  # not what another test has set in this process
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(None)
+
+
+def refused(act, message):
+    """It ends in two lines that say so, within seconds."""
+    start = time.monotonic()
+    with pytest.raises(UserError, match=message) as raised:
+        act()
+    assert time.monotonic() - start < 60  # a pipe or a device would be waited for without end
+    assert str(raised.value).count("\n") == 1 and len(str(raised.value)) < 5000
+
+
+# A colleague's run
+
+
+def file_tags(**changed):
+    tags = {"file.path": "WEIGHTS", "file.size_bytes": "7", "file.sha256": "0" * 64}
+    tags |= {"file.host": "there"} | {f"file.{name}": value for name, value in changed.items()}
+    return {name: value for name, value in tags.items() if value is not None}
+
+
+FILES = [
+    *(file_tags(size_bytes=size) for size in (None, "many", "nan", "-7", "7.0", "9" * 5000)),
+    *(file_tags(path=path) for path in ("w.pth", "PIPE", "/dev/zero", "/", "x" * 5000, "")),
+    {"file.path": "PIPE"},
+]
+
+
+def test_tags_of_a_file(store, tmp_path):
+    weights, pipe = tmp_path / "w.pth", tmp_path / "pipe"
+    weights.write_bytes(b"weights")
+    os.mkfifo(pipe)
+    with mlflow.start_run():
+        for i, tags in enumerate([file_tags(), *FILES]):
+            path = tags["file.path"].replace("WEIGHTS", str(weights)).replace("PIPE", str(pipe))
+            made = mlflow.create_external_model(name=f"m{i}", tags=tags | {"file.path": path})
+            if i == 0:
+                file = storage.of_model(f"models:/{made.model_id}")
+                assert file.size == 7 and file.tags == tags | {"file.path": path}
+            else:
+                refused(
+                    lambda m=made: storage.of_model(f"models:/{m.model_id}"), "the model|no model"
+                )
+
+
+def test_verify_means_the_file_that_was_looked_up(store, tmp_path):
+    path, other = tmp_path / "w.pth", tmp_path / "other"
+    path.write_bytes(b"weights")
+    sha256 = storage.sha256(path)
+    with mlflow.start_run():
+        tags = storage.recorded(path, sha256).tags
+        uri = f"models:/{mlflow.create_external_model(name='m', tags=tags).model_id}"
+    storage.verify(storage.of_model(uri))
+    file = storage.of_model(uri)
+    other.write_bytes(b"weights")
+    other.rename(path)  # after it was mapped, and before it was hashed
+    refused(lambda: storage.verify(file), "was replaced or changed just now")
+    file = storage.of_model(uri)
+    path.write_bytes(b"WEIGHTS")
+    refused(lambda: storage.verify(file), "was replaced or changed just now")
+    refused(lambda: storage.verify(storage.of_model(uri)), "its SHA-256 is")
+
+
+GOOD = {"digest": "d", "predictions": [1, 2, 3]}
+PREDICTIONS = [
+    *(b"", b"[]", b"{}", b'"text"', b"null", b"\xff\xfe", b"[" * 200_000, b"9" * 5000),
+    *(json.dumps(GOOD | changed).encode() for changed in ({"predictions": None}, {"digest": 7})),
+    *(json.dumps(GOOD | {"predictions": p}).encode() for p in ([1, 2], [1] * 4, "123", {}, [[]])),
+    b'{"digest": "d", "predictions": [NaN, 1e999, ' + b"9" * 4000 + b"]}",
+]
+
+
+def test_predictions_of_a_run(store):
+    class Test:
+        digest, labels = "d", [1, 2, 3]
+
+    found = training.Evaluation(0.1, 1.0, torch.tensor([1, 2, 3]))
+    with mlflow.start_run() as active:
+        mlflow.log_metric("val_accuracy", float("nan"))
+        mlflow.log_param("dataset", "cifar10")
+    run, client = mlflow.get_run(active.info.run_id), store
+
+    def check():
+        runs.check_predictions(run, Test, found, "models:/m-1")
+
+    refused(check, "the trained one had nan")
+    client.log_dict(run.info.run_id, GOOD, runs.PREDICTIONS)
+    check()
+    (path,) = Path("mlruns").rglob("test.json")
+    for content in PREDICTIONS:
+        path.write_bytes(content)
+        refused(check, "not what a script|differently|not the one that the run was scored on")
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    refused(check, "not what a script")
+    path.unlink()
+    os.mkfifo(path)
+    refused(check, "not what a script")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(check, "not what a script")
+    refused(
+        lambda: training.load_data(runs.recorded_dataset(run), "data", train=False),
+        "there is no data set 'cifar10' here",
+    )
+
+
+def test_record_of_a_promotion(store):
+    mlflow.set_experiment("promotions")
+    with mlflow.start_run(tags={"promotion.model": "CNN", "promotion.number": "many"}):
+        pass
+    refused(lambda: promotions.records("promotions", "CNN"), "is no record of a promotion of CNN")
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_not_registered(prefork, tmp_path):
+    network = training.MNISTCNN()
+    network.fc2.bias.data[3] = float("nan")
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    command = "upload_external_model.py --in_place --model_path w.pth --dataset digits"
+    me = Session(tmp_path, prefork)
+    finished = me.type(f"{command} --model_name CNN", code=1)
+    assert "not finite: fc2.bias" in finished.error and not (tmp_path / "mlflow.db").exists()
+    os.mkfifo(tmp_path / "pipe.pt2")
+    finished = me.type("upload_external_model.py --in_place --model_path pipe.pt2", code=2)
+    assert "must be a file, not a pipe or a device" in finished.err
+    network.fc2.bias.data[3] = 0
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    flags = "--ca_bundle pipe.pt2 --tracking_uri https://127.0.0.1:9"
+    finished = me.type(f"upload_external_model.py --model_path w.pth {flags}", code=1)
+    assert "no PEM certificates can be read from pipe.pt2: it is no file" in finished.error
+
+
+# Settings files
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("epochs: " + "[" * 5000, "epochs: 2001-99-99", "epochs: [1]", "epochs: {a: 1}", "- 1"),
+        "a: &a0 [x]\n"
+        + "".join(f"b{i}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]\n" for i in range(9)),
+        "epochs: !!python/object/apply:os.getcwd []",
+    ],
+)
+def test_settings_file(text, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int)
+    settings.add_config_argument(parser)
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ending:
+        settings.parse_with_config(parser, ["--config", "s.yaml"])
+    assert ending.value.code == 2 and "error: argument --" in capsys.readouterr().err
+
+
+# Answers of a served model
+
+
+@pytest.fixture
+def served():
+    """(address, what it answers: to be set)."""
+    answer = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):  # noqa: N802
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response_only(200)
+            self.end_headers()
+            self.wfile.write(answer["body"])
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://me:pa55word@127.0.0.1:{server.server_port}", answer
+    server.shutdown()
+
+
+def test_answers_of_a_served_model(served, capsys):
+    url, answer = served
+    flags = ["--url", url, "--dataset", "digits"]
+    for body in (b"[" * 100_000, b"9" * 5000, b"{}", b'{"predictions": []}', b'{"predictions": 7}'):
+        answer["body"] = body
+        refused(lambda: score_rest.main(flags), "but not as a served model")
+    for row in (7, [], [None, "x"], "text"):
+        answer["body"] = json.dumps({"predictions": [row, row]}).encode()
+        refused(lambda: score_rest.main([*flags, "--images", "2"]), "one number per class")
+    answer["body"] = b'{"predictions": [1]}'
+    score_rest.main(flags)
+    with pytest.raises(UserError) as raised:
+        score_rest.main(["--url", "http://me:pa55word@127.0.0.1:9"])
+    assert "pa55word" not in str(raised.value) + capsys.readouterr().out
