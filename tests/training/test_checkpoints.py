@@ -244,6 +244,7 @@ else:
     total = sum(weight.double().sum().item() for weight in network.state_dict().values())
     print(epoch.train_loss, epoch.val_loss, total)
 training.leave()
+training.processes.end(0)  # as scripts do: Python's own exit may abort amid PyTorch's threads
 """
 
 
