@@ -172,8 +172,8 @@ def _make_missing(folder):
     """Make `folder` and those above it; yield each of them that did not exist, from the top."""
     for part in (*reversed(folder.parents), folder):
         if not part.exists():
-            umask = os.umask(0)  # all bits at once: a chmod afterwards could follow a link
             above = part.parent.stat().st_mode & stat.S_IWGRP  # where the group may write
+            umask = os.umask(0)  # all bits at once: a chmod afterwards could follow a link
             mode = 0o777 & ~umask | 0o050 | above
             try:
                 # Where others may write, they may not rename or remove what is not theirs.
