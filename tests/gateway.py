@@ -24,7 +24,7 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length",
 # What `fault` can be, besides None.
 FAULTS = (
     *("401", "403", "429", "500", "503", "json", "login", "redirect", "echo"),
-    *("late", "hang", "drop", "down"),
+    *("late", "hang", "drop", "down", "drip"),
 )
 
 
@@ -66,7 +66,8 @@ class Gateway:
 
     `fault`        what goes wrong: one of FAULTS, or (status, headers, body) for any other answer;
                    "json" is a 401 in JSON, but not MLflow's, "echo" a 403 whose text shows the
-                   request's headers, "late" a 502 for what the server has done all the same
+                   request's headers, "late" a 502 for what the server has done all the same,
+                   "drip" the server's answer at ten bytes a second
     `fault_on`     for which requests: a function of method and path
     `redirect_to`  where the fault "redirect" leads
     `clock_lead`   seconds that its clock is ahead
@@ -204,7 +205,7 @@ class Gateway:
                     fault, self.command, self.path, headers, body
                 )
                 self._record(headers, len(body), status)
-                self._answer(status, reply_headers, content)
+                self._answer(status, reply_headers, content, slowly=fault == "drip")
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_any  # noqa: N815
 
@@ -213,7 +214,7 @@ class Gateway:
                 gateway.requests.append(request)
                 gateway.on_request(request)
 
-            def _answer(self, status, headers, content):
+            def _answer(self, status, headers, content, slowly=False):
                 self.send_response_only(status)
                 self.send_header("Date", formatdate(time.time() + gateway.clock_lead, usegmt=True))
                 for name, value in headers.items():
@@ -221,6 +222,9 @@ class Gateway:
                 if "Content-Length" not in headers:
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
+                while slowly and content and not gateway._released.wait(0.1):
+                    self.wfile.write(content[:1])
+                    content = content[1:]
                 if self.command != "HEAD":
                     self.wfile.write(content)
 

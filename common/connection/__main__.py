@@ -6,23 +6,14 @@ python -m common.connection models serve -m models:/NAME@alias --env-manager loc
 
 import contextlib
 import sys
-import traceback
 
-import requests
 from mlflow.cli import cli  # the `mlflow` command's own entry point
-from mlflow.exceptions import MlflowException
 
-from common.errors import UserError
+from common.errors import print_and_exit
 
-from .credentials import without_secrets
-from .failures import diagnose
 from .preflight import connect
 
-try:
-    with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
-        connect()
-    cli(prog_name="mlflow")
-except (UserError, MlflowException, requests.RequestException) as error:
-    failure = diagnose(error)
-    print(failure or without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
-    sys.exit(failure.code if failure else 1)
+sys.excepthook = print_and_exit
+with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
+    connect()
+cli(prog_name="mlflow")

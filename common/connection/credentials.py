@@ -7,12 +7,14 @@ names. Here that is `CREDENTIALS`: it sees where the request goes, and so decide
 import base64
 import collections
 import contextlib
+import functools
 import html
 import io
 import json
 import logging
 import os
 import sys
+import time
 from urllib.parse import urlsplit
 
 import mlflow
@@ -66,9 +68,7 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
         key, token = self._read(KEY), self._read(TOKEN)
         if not belongs_to_server(request.url):
             if key or token or "Authorization" in request.headers:
-                scheme, host, port = origin(request.url)
-                self.stopped.append(lie_elsewhere(f"{scheme}://{host}:{port}"))
-                raise self.stopped[-1]
+                self._stop(lie_elsewhere("{}://{}:{}".format(*origin(request.url))))
             return request
         safe = keeps_secrets(request.url)
         # MLflow has put in the variable's token; or user and password, which come first.
@@ -91,19 +91,22 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
         except UserError as problem:
             # The file was there when the job started. The server decides about the last value.
             if not self.last.get(name):
-                self.stopped.append(problem)
-                raise
+                self._stop(problem)
             if str(problem) != self.said:
                 self.said = str(problem)
                 print(f"{problem}\nThe last one is used.", file=sys.stderr, flush=True)
         return self.last[name]
 
+    def _stop(self, error):
+        self.stopped.append(error)
+        raise error
+
     def _remember(self, response, stream=False, **_):
+        response.raw.stream = functools.partial(self._pieces, response.raw)
         # MLflow takes any answer below 400 for success, and what was sent would be lost.
         if response.ok and "/mlflow-artifacts/" in response.url:
             if response.status_code >= 300:
-                self.stopped.append(requests.HTTPError("a redirect", response=response))
-                raise self.stopped[-1]
+                self._stop(requests.HTTPError("a redirect", response=response))
             if not stream and response.content.lstrip().startswith(b"<"):
                 raise requests.exceptions.ContentDecodingError(undocumented.NOT_JSON)
         if not response.ok and not stream:
@@ -117,6 +120,18 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
                 done.status_code, done.raw = 200, io.BytesIO(b"{}")
                 return done
         return None
+
+    def _pieces(self, raw, size, decode_content=True):
+        """Yield an answer; Timeout below 1 kB/s: `requests` begins anew with each byte."""
+        patience = mlflow.environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+        start, count = time.monotonic(), 0
+        # A piece comes when it is full, so the first ones are small.
+        while piece := raw.read(min(size, 64 + count // 8), decode_content=decode_content):
+            yield piece
+            count += len(piece)
+            if (seconds := time.monotonic() - start) > patience + count / 1000:
+                slow = f"{count} bytes of an answer in {seconds:.0f} s"
+                self._stop(requests.exceptions.Timeout(slow))
 
 
 CREDENTIALS = Credentials()

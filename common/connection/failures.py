@@ -123,7 +123,8 @@ def _broken_connection(causes, text):
         return _failure("object_store", host=f" {host[1] or host[2]}" if host else "")
     # The innermost reason that urllib3 gives, in the operating system's words if there are any.
     found = re.search(
-        r"nothing within \d+ s|Tunnel connection failed: [^'\")]+|\[Errno -?\d+\] [^'\")]+"
+        r"nothing within \d+ s|\d+ bytes of an answer in \d+ s"
+        r"|Tunnel connection failed: [^'\")]+|\[Errno -?\d+\] [^'\")]+"
         r"|certificate verify failed: [^(]+|\[SSL[^]]*\][^(]+"
         r"|(?:Read|Connection|Connect) (?:to \S+ )?timed out",
         text,

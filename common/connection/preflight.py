@@ -162,11 +162,13 @@ def _prepare_sqlite(uri):
 
 def _open_store(uri, experiment):
     """Return the experiment of a database if it exists; or raise UserError."""
-    from sqlalchemy.exc import SQLAlchemyError  # here: only databases need the package
+    import sqlalchemy  # here: only databases need the package
 
     try:
+        if not uri.startswith("sqlite"):  # MLflow would try for 100 s, and longer
+            sqlalchemy.create_engine(uri).connect().close()
         return _look_up(experiment)
-    except (ImportError, MlflowException, SQLAlchemyError) as error:
+    except (ImportError, MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
         if hasattr(error, "orig") or hasattr(error.__cause__, "orig"):  # `diagnose` has more
             raise
         text = " ".join(str(error).split())[:300]

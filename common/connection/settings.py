@@ -28,6 +28,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     # MLflow tries again for some 4 minutes. It would also wait as long as a server says: hours.
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+    "PGCONNECT_TIMEOUT": "10",  # of PostgreSQL's client, which would wait without end
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # three of them stay behind for each model
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the scripts print the run's address first
     "GIT_PYTHON_REFRESH": "quiet",  # no three screens of warning on a machine without git

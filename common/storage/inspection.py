@@ -49,6 +49,9 @@ GLOBALS = re.compile(r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collect
 LOOKUPS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BUILD"}
 LEAVES = (torch.Tensor, bool, int, float, complex, str, type(None))
 
+# What MLflow and Python say, when a model is copied from a folder of this machine.
+NO_FILE = re.compile(r"resolved path is outside the artifact directory|\S+ is a named pipe")
+
 
 @contextlib.contextmanager
 def checked_copy(model_uri):
@@ -58,7 +61,13 @@ def checked_copy(model_uri):
     at the end of the block; the loaded model does not need it. What fails in the block is reported.
     """
     with tempfile.TemporaryDirectory() as parent:
-        folder = mlflow.artifacts.download_artifacts(model_uri, dst_path=parent)
+        try:
+            folder = mlflow.artifacts.download_artifacts(model_uri, dst_path=parent)
+        except MlflowException as error:
+            if found := NO_FILE.search(str(error)):
+                what = f"the model {model_uri} holds a link, or what is no file: {found[0]}."
+                raise UserError(what, "have its author train it again.") from error
+            raise
         if not Path(folder, "MLmodel").exists():
             what = f"no files of the model {model_uri} are where the tracking server says."
             raise UserError(what, "were they deleted, or is a shared filesystem not mounted here?")

@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import gateway
 import mlflow
@@ -58,6 +60,7 @@ FAULTS = [
     ("echo", "forbidden", 1, 21, "forbids the request (error 403)"),
     ("late", "unavailable", 75, 25, "is not available (error 502)"),
     ("hang", "timeout", 75, 16, "did not answer in time"),
+    ("drip", "timeout", 75, 16, "did not answer in time"),
     ("drop", "dropped", 75, 17, "dropped the connection halfway"),
     ("down", "no_server", 75, 14, "no server answers at"),
 ]
@@ -456,6 +459,32 @@ def test_server_on_this_machine_is_not_reached_through_a_proxy(server, tmp_path)
         ).result
         assert found["access"] == "granted" and found["tls"] == "none: plain http"
         assert proxy.requests == []
+
+
+@pytest.mark.slow
+def test_answer_that_comes_byte_by_byte(server, user):
+    """The time limit of each request begins anew with each byte; below 1 kB/s it does not."""
+    with Gateway(server, None) as box:
+        user(MLFLOW_TRACKING_URI=box.uri, MLFLOW_HTTP_REQUEST_TIMEOUT="2")
+        connection.connect()
+        with mlflow.start_run() as run:
+            mlflow.log_text("weights " * 200_000, "large.txt")
+        path = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/large.txt")
+        assert Path(path).stat().st_size == 1_600_000, "in many pieces"
+        box.fault = "drip"
+        asks = (
+            lambda: mlflow.MlflowClient().search_runs([run.info.experiment_id]),
+            lambda: mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/large.txt"),
+        )
+        for ask in asks:
+            start = time.monotonic()
+            with pytest.raises(MlflowException) as raised:
+                ask()
+            assert time.monotonic() - start < 60
+            failure = connection.diagnose(raised.value)
+            assert failure.kind == "timeout" and failure.code == 75
+            assert re.search(r"in time: \d+ bytes of an answer in \d+ s", str(failure))
+            box.fault_on = lambda method, path: "mlflow-artifacts" in path and method == "GET"
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """A tracking server that cannot be used: two lines and an exit code, before any work is done."""
 
 import os
+import socket
+import time
 
 import mlflow
 import pytest
+import sqlalchemy
 from conftest import KEY, fails, run
 from gateway import Gateway
 
@@ -109,6 +112,23 @@ def test_store_that_cannot_be_opened(uri, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"^error: the (local )?store .*\nhint:  [^\n]+$"):
         connection.connect(uri)
+
+
+@pytest.mark.parametrize(("answers", "words"), [(False, "refused"), (True, "timeout expired")])
+def test_database_that_is_away(answers, words, user):
+    """MLflow would try for 100 s, and PostgreSQL's client wait for one that never says a word."""
+    user(PGCONNECT_TIMEOUT="3")
+    with socket.socket() as database:
+        database.bind(("127.0.0.1", 0))
+        if answers:
+            database.listen()
+        uri = f"postgresql+psycopg2://me:pa55@127.0.0.1:{database.getsockname()[1]}/mlflow"
+        start = time.monotonic()
+        with pytest.raises(sqlalchemy.exc.OperationalError) as raised:
+            connection.connect(uri)
+        assert time.monotonic() - start < 60
+    failure = connection.diagnose(raised.value)
+    assert failure.code == 75 and words in str(failure) and "pa55" not in str(failure)
 
 
 @pytest.mark.parametrize(

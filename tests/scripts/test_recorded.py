@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import resource
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
 from conftest import Session
@@ -85,6 +87,32 @@ def test_verify_means_the_file_that_was_looked_up(store, tmp_path):
     path.write_bytes(b"WEIGHTS")
     refused(lambda: storage.verify(file), "was replaced or changed just now")
     refused(lambda: storage.verify(storage.of_model(uri)), "its SHA-256 is")
+
+
+def test_model_of_a_colleague_with_a_link(store, tmp_path):
+    """What a link leads to is not copied: /dev/zero has no end, and a pipe nobody who writes."""
+    network, example = training.MNISTCNN().eval(), np.zeros((2, 1, 28, 28), "float32")
+    with mlflow.start_run():
+        logged = mlflow.pytorch.log_model(network, name="model", input_example=example)
+    with storage.checked_copy(logged.model_uri) as folder:
+        mlflow.pytorch.load_model(folder)
+    (folder,) = (path.parent for path in tmp_path.rglob("MLmodel"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, limits[1]))  # not the whole disk, if it fails
+    try:
+        for name, leads_to in (("more", "/dev/zero"), ("MLmodel", "/dev/zero"), ("data/x", "/tmp")):
+            link = folder / name
+            kept = link.read_bytes() if link.exists() else None
+            link.unlink(missing_ok=True)
+            link.symlink_to(leads_to)
+            refused(storage.checked_copy(logged.model_uri).__enter__, "a link, or what is no file")
+            link.unlink()
+            if kept:
+                link.write_bytes(kept)
+        os.mkfifo(folder / "pipe.yml")
+        refused(storage.checked_copy(logged.model_uri).__enter__, "pipe.yml` is a named pipe")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 GOOD = {"digest": "d", "predictions": [1, 2, 3]}

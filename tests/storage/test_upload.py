@@ -4,6 +4,7 @@ import pickle
 import re
 import subprocess
 import sys
+import zipfile
 
 import mlflow
 import pytest
@@ -188,6 +189,11 @@ def other_network(path):
     torch.save(state, path)
 
 
+def packed(value):
+    """As two numbers a byte: numbers for those who know how to read them."""
+    return torch.zeros(value.shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
 def changed(function):
     return {key: function(value) for key, value in MNISTCNN().state_dict().items()}
 
@@ -225,6 +231,34 @@ BAD_FILES = {
     "sparse": (
         lambda path: torch.save(changed(torch.Tensor.to_sparse), path),
         ["not a dict of tensors of plain numbers"],
+    ),
+    "float8": (
+        lambda path: torch.save(changed(lambda value: value.to(torch.float8_e4m3fn)), path),
+        ["not a dict of tensors of plain numbers"],
+    ),
+    "float4": (
+        lambda path: torch.save(changed(packed), path),
+        ["not a dict of tensors of plain numbers"],
+    ),
+    "complex": (
+        lambda path: torch.save(changed(lambda value: value * 1j), path),
+        ["not a dict of tensors of plain numbers"],
+    ),
+    "nested": (
+        lambda path: torch.save(changed(lambda value: torch.nested.nested_tensor([value])), path),
+        ["not a dict of tensors of plain numbers"],
+    ),
+    "expanded": (  # 2^33 numbers in a file of 1 kB
+        lambda path: torch.save(changed(lambda value: torch.zeros(1).expand(2**33)), path),
+        ["conv1.weight has shape torch.Size([8589934592])"],
+    ),
+    "no numbers": (
+        lambda path: torch.save(changed(lambda value: value[:0]), path),
+        ["conv1.bias has shape torch.Size([0])"],
+    ),
+    "an empty archive": (
+        lambda path: zipfile.ZipFile(path, "w").close(),
+        ["no file of plain weights"],
     ),
     "a folder": (lambda path: path.mkdir(), ["cannot be read"]),
     "nothing": (lambda path: None, ["cannot be read", "No such file"]),
