@@ -167,7 +167,7 @@ LESSON = (
     r"target_path|folder|storage\.|save_model_once|model_path|map_weights|file\.tags|\bfile\b|"
     r"create_experiment|get_experiment_by_name|EXPERIMENT =|log_model|load_model|"
     r"checked_copy|ready_model|import functools|^tags = {'launch': |check_predictions|"
-    r"register_model|model_uri|points at the path|external|check_place"
+    r"register_model|model_uri|points at the path|external"
 )
 
 
