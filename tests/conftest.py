@@ -198,7 +198,7 @@ TOGETHER = (
 
 def pytest_collection_modifyitems(items):
     """What takes longest first: the rest fits beside it."""
-    longest = "test_two_epochs_at_the_defaults"
+    longest = "test_a_job_that_is_preempted_and_out_of_time_is_one_run"
     items.sort(key=lambda item: (item.name != longest, item.path.stem not in TOGETHER))
 
 

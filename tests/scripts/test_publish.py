@@ -355,7 +355,7 @@ def test_killed_at_random_moments(offline, target, tmp_path):
         versions = target.client.search_model_versions("name = 'OWN'")
         return len(ended) == len(local) and not ended.isdisjoint(v.run_id for v in versions)
 
-    while kills < int(os.environ.get("KILLS", 10)):
+    while kills < int(os.environ.get("KILLS", 7)):
         delay = random_delays.uniform(0, duration)
         ended = target.session.type(
             f"{publish} '{names[-1]}'",

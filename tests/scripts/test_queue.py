@@ -62,7 +62,7 @@ def what_is_there(uri, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "kills", "seed"), [(TRAIN, 8, 1), (SHARED, 5, 2)])
+@pytest.mark.parametrize(("script", "kills", "seed"), [(TRAIN, 6, 1), (SHARED, 4, 2)])
 def test_killed_at_random_moments(script, kills, seed, prefork, tmp_path):
     """With SIGKILL mostly; whatever the moment, the next start goes on as if nothing happened."""
     moments, uri = random.Random(seed), f"sqlite:///{tmp_path}/store.db"

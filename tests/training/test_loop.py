@@ -215,19 +215,19 @@ def test_network_is_the_guides():
 @pytest.mark.slow
 @pytest.mark.timeout(2700)
 @REAL_MNIST
-def test_two_epochs_at_the_defaults(tmp_path):
-    """The guide's second command, but for the folder of the data, and two epochs of five."""
+def test_one_epoch_at_the_defaults(tmp_path):
+    """The guide's second command, but for the folder of the data, and one epoch of five."""
     import mlflow
 
     finished = run(
         "train_mnist_mlflow.py",
-        *("--epochs", 2, "--register", "--phase", "production", "--note", "Baseline CNN model"),
+        *("--epochs", 1, "--register", "--phase", "production", "--note", "Baseline CNN model"),
         *("--data_dir", REAL_DATA),
         cwd=tmp_path,
         timeout=2400,
     )
-    assert finished.result["val_accuracy"] >= 0.98
+    assert finished.result["val_accuracy"] >= 0.97
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     logged = client.get_run(finished.result["run_id"])
-    assert logged.data.metrics["train_loss"] < 0.1
+    assert logged.data.metrics["train_loss"] < 0.25
     assert "10000 of 10000 predictions as recorded" in finished.out
