@@ -63,8 +63,9 @@ def main(argv=None):
     file = storage.of_model(model_uri)
     print(f"run      {args.run_id}  {runs.run_address(run)}", flush=True)
     print(f"file     {file.path}", flush=True)
-    if str(file.path).endswith(storage.MODEL_FILE):  # who loads it with MLflow alone runs all of it
-        storage.check_model(file.path.parents[1])
+    folder = file.path.parent.parent  # who loads that with MLflow alone runs all of it
+    if str(file.path).endswith(storage.MODEL_FILE) and (folder / "MLmodel").is_file():
+        storage.check_model(folder)
 
     # 2. Map it into memory, and check it on the whole test set, before the registry changes.
     start = time.perf_counter()

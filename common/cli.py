@@ -5,14 +5,12 @@ Only the standard library is imported here, so `--help` and a mistyped flag answ
 
 import argparse
 import atexit
-import contextlib
 import json
 import math
 import os
 import platform
 import re
 import sys
-import time
 
 from common.errors import NEEDED, Printed, check_packages, print_and_exit, version
 
@@ -23,17 +21,7 @@ def parser(doc):
     """Return a parser whose `--help` is the script's docstring, line breaks kept."""
     # Not abbreviated: a job file's `--reg` would change its meaning when a second flag begins so.
     keep = argparse.RawDescriptionHelpFormatter
-    return Parser(description=doc, formatter_class=keep, allow_abbrev=False)
-
-
-class Parser(argparse.ArgumentParser):
-    """Writes an error also where torchrun prints it last, below thirty lines of its own."""
-
-    def error(self, message):
-        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            with contextlib.suppress(OSError), open(path, "w") as file:
-                json.dump({"message": f"error: {message}", "timestamp": time.time()}, file)
-        super().error(message)
+    return argparse.ArgumentParser(description=doc, formatter_class=keep, allow_abbrev=False)
 
 
 def add_training_arguments(parser, default_name, alias):
@@ -159,6 +147,8 @@ def run(main):
     sys.excepthook = print_and_exit
     os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's may not be known here
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal or locale cannot show
+    if re.search("[\ud800-\udfff]", " ".join(sys.argv)):  # how Python shows such bytes
+        argparse.ArgumentParser().error("a value holds bytes that are no text in this locale")
     if not {"-h", "--help"} & set(sys.argv):
         check_packages()
         guard()
@@ -193,7 +183,5 @@ def print_result(**values):
 
     NaN and infinity, which JSON does not have, become null.
     """
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            values[name] = None
-    print(json.dumps(values), flush=True)
+    finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
+    print(json.dumps(finite), flush=True)

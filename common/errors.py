@@ -22,7 +22,7 @@ NO_SPACE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there, or choo
 NOT_YOURS = "ask its owner for the permission (chmod g+rwX, in a group), or choose another folder."
 CURES = NO_SPACE | dict.fromkeys((errno.EACCES, errno.EPERM), NOT_YOURS)
 CURES |= {errno.EROFS: "choose another folder.", errno.ENAMETOOLONG: "give a shorter name."}
-PYTORCH = re.compile(r"(?s).*(unexpected pos \d+ vs|failed writing file|ios::clear: iostream).*")
+PYTORCH = re.compile(r"unexpected pos \d+ vs|failed writing file|ios::clear: iostream")
 
 
 class UserError(Exception):
@@ -123,7 +123,8 @@ def of_system(error):
     MLflow keeps no more of what fails in its threads."""
     # One of Python's own is a mistake in the code, whatever was being handled then.
     while error is not None and not isinstance(error, (AttributeError, NameError, TypeError)):
-        text = PYTORCH.sub(str(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), str(error))
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        text = str(full if PYTORCH.search(str(error)) else error)
         found = re.search(r"\[Errno (\d+)\] ([^\n]+)", text)
         if found and int(found[1]) in CURES:
             return UserError(f"{found[2][:300]}.", CURES[int(found[1])])

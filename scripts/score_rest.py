@@ -21,6 +21,7 @@ from common.errors import UserError
 URL = "http://127.0.0.1:1234"  # the guide's port; /invocations is added if it is missing
 COLUMNS = ("sepal_length", "sepal_width", "petal_length", "petal_width")
 ROWS = "[[5.1, 3.5, 1.4, 0.2]]"
+LARGEST = 2**26  # bytes of an answer
 
 
 def build_parser():
@@ -94,7 +95,8 @@ def rows_in(text, width):
 
     try:
         rows = json.loads(text)
-    except ValueError:
+        json.dumps(rows, allow_nan=False)  # Python reads and writes NaN, and JSON has none
+    except (RecursionError, ValueError):
         return None
     good = isinstance(rows, list) and all(isinstance(r, list) and len(r) == width for r in rows)
     return rows if good and rows else None
@@ -108,16 +110,22 @@ def without_login(url):
 
 def ask(url, payload, count):
     """Post the payload, and return `count` predictions; or raise UserError with what went wrong."""
+    import json
     import re
     from urllib.parse import urlsplit
 
     import requests
 
-    shown, session = without_login(url), requests.Session()
-    # A compute node's proxy cannot reach a server on this machine, so loopback goes without it.
-    session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
+    shown, session, content = without_login(url), requests.Session(), bytearray()
+    how = {"timeout": (10, 120), "stream": True, "allow_redirects": False}
     try:
-        response = session.post(url, json=payload, timeout=(10, 120))
+        # A compute node's proxy cannot reach a server on this machine: loopback goes without it.
+        session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
+        response = session.post(url, json=payload, **how)
+        for piece in response.iter_content(2**16):
+            content += piece
+            if len(content) > LARGEST:
+                raise ValueError(f"its answer has more than {LARGEST} bytes")
     except (requests.RequestException, ValueError) as error:
         found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
         reason = found[1] if found else str(error)[:200].replace(url, shown)
@@ -126,7 +134,7 @@ def ask(url, payload, count):
             'mlflow models serve -m "models:/NAME/1" --env-manager local --port 1234',
         ) from error
     try:
-        answer = response.json()
+        answer = json.loads(content)
     except (RecursionError, ValueError):
         answer = None
     if response.status_code != 200 and isinstance(answer, dict):

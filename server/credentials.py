@@ -90,7 +90,9 @@ def revoke_key(folder, name):
             )
         write_maps(folder, keys)
         refused = tried(folder, name, key, lambda status: status == 401)
-        (folder / "keys" / name).unlink()
+        for path in keys_of(folder).iterdir():  # a copy in there would let it in again
+            if path.is_file() and path.read_text(errors="replace").strip() == key:
+                path.unlink()
     print(f"revoked  {name}" + ("  nginx refuses it" if refused else ""), flush=True)
     if not refused and (folder / "compose.env").exists():
         print("containers let it in until their nginx reads the keys again: nginx -s reload")
@@ -142,7 +144,10 @@ def tried(folder, name, key, right):
     except BlockingIOError:
         answers, deadline = 0, time.monotonic() + 10
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-        os.kill(int((folder / "run" / "nginx.pid").read_text()), signal.SIGHUP)
+        process = int((folder / "run" / "nginx.pid").read_text())
+        if process < 2:  # 0 and -1 are whole groups of processes
+            raise ValueError(process)
+        os.kill(process, signal.SIGHUP)
         listen = re.search(r"listen (\S+):(\d+) ssl;", (folder / "run" / "nginx.conf").read_text())
         address = ("127.0.0.1" if listen[1] == "0.0.0.0" else listen[1], int(listen[2]))
         while time.monotonic() < deadline:

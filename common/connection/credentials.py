@@ -6,7 +6,6 @@ names. Here that is `CREDENTIALS`: it sees where the request goes, and so decide
 
 import base64
 import collections
-import contextlib
 import functools
 import html
 import io
@@ -15,7 +14,7 @@ import logging
 import os
 import sys
 import time
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import mlflow
 import requests
@@ -103,19 +102,20 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
 
     def _remember(self, response, stream=False, **_):
         response.raw.stream = functools.partial(self._pieces, response.raw)
+        path = urlsplit(response.url).path
         # MLflow takes any answer below 400 for success, and what was sent would be lost.
-        if response.ok and "/mlflow-artifacts/" in response.url:
-            if response.status_code >= 300:
-                self._stop(requests.HTTPError("a redirect", response=response))
-            if not stream and response.content.lstrip().startswith(b"<"):
-                raise requests.exceptions.ContentDecodingError(undocumented.NOT_JSON)
-        if not response.ok and not stream:
-            answer = ""
-            with contextlib.suppress(requests.JSONDecodeError):
-                answer = str(response.json())
-                self.refusals[answer] = response.status_code, urlsplit(response.url).path
+        if response.ok and response.status_code >= 300 and "/mlflow-artifacts/" in path:
+            self._stop(requests.HTTPError("a redirect", response=response))
+        if stream:
+            return None
+        answer = undocumented.json_of(response)
+        stored = response.status_code == 200 and not response.content  # newer servers' word for it
+        if response.ok and "/mlflow" in path and not (stored or isinstance(answer, dict)):
+            raise requests.exceptions.ContentDecodingError(undocumented.NOT_JSON)
+        if not response.ok and answer is not None:
+            self.refusals[str(answer)] = response.status_code, path
             # The response was lost, and MLflow has sent the request again: the row is there.
-            if response.url.endswith("/runs/outputs") and undocumented.TWICE.search(answer):
+            if path.endswith("/runs/outputs") and undocumented.TWICE.search(str(answer)):
                 done = requests.Response()
                 done.status_code, done.raw = 200, io.BytesIO(b"{}")
                 return done
@@ -189,7 +189,7 @@ def without_secrets(text):
     values.append(base64.b64encode(f"{user}:{values[-1]}".encode()).decode() if user else "")
     for value in map(str.strip, values):
         if len(value) > 5:  # a shorter one protects nothing, and stands in many words
-            for written in (value, html.escape(value), json.dumps(value)[1:-1]):
+            for written in (value, html.escape(value), json.dumps(value)[1:-1], quote(value, "")):
                 text = text.replace(written, "<secret>")
     return text
 

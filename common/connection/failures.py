@@ -88,6 +88,8 @@ def diagnose(error):
         hint = next(DATABASE[words] for words in DATABASE if re.search(words, said))
         later = re.search("locked|refused|timed? ?out|closed|starting", said)
         return Failure(what, hint, TRY_AGAIN if later else 1, "database")
+    if type(error).__module__ == "google.protobuf.json_format":  # MLflow lets it through
+        error = requests.JSONDecodeError(undocumented.NOT_JSON, "", 0)
     if not isinstance(error, (MlflowException, requests.RequestException)):
         return error if isinstance(error, UserError) else None
     causes = []
@@ -123,7 +125,7 @@ def _broken_connection(causes, text):
         return _failure("object_store", host=f" {host[1] or host[2]}" if host else "")
     # The innermost reason that urllib3 gives, in the operating system's words if there are any.
     found = re.search(
-        r"nothing within \d+ s|\d+ bytes of an answer in \d+ s"
+        r"nothing within \d+ s|\d{1,12} bytes of an answer in \d+ s"
         r"|Tunnel connection failed: [^'\")]+|\[Errno -?\d+\] [^'\")]+"
         r"|certificate verify failed: [^(]+|\[SSL[^]]*\][^(]+"
         r"|(?:Read|Connection|Connect) (?:to \S+ )?timed out",
@@ -157,7 +159,7 @@ def _bad_answer(causes, text):
         sent = credential()
     except UserError:  # a file that has become unreadable: what it held last was sent
         sent = "the last key or token"
-    no_json = (requests.exceptions.JSONDecodeError, requests.exceptions.ContentDecodingError)
+    no_json = (requests.JSONDecodeError, requests.exceptions.ContentDecodingError)
     if any(isinstance(cause, no_json) for cause in causes) or undocumented.NOT_JSON in text:
         return _failure("web_page", sent=sent)
     if none := undocumented.NO_WORKSPACES.search(text):
@@ -168,8 +170,7 @@ def _bad_answer(causes, text):
     found = undocumented.STATUS.search(text)
     said = next(filter(None, (undocumented.SAID.search(str(cause)) for cause in causes)), None)
     said = _plain(bodies[0].get("message") or bodies[0]) if bodies else said and _plain(said[1])
-    path = undocumented.ENDPOINT.search(text)
-    path = path[1] if path else ""
+    path = (undocumented.ENDPOINT.search(text) or ["", ""])[1]
     if responses:
         status, path = responses[0].status_code, urlsplit(responses[0].url).path
     elif bodies:

@@ -3,6 +3,7 @@
 import re
 
 import mlflow
+import requests
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking.request_auth import registry
 from mlflow.utils.credentials import get_default_host_creds
@@ -44,14 +45,22 @@ def register(provider):
         providers.register(lambda: provider)
 
 
+def json_of(response):
+    """Return the JSON of an answer, or None. Raises what `requests` has for a bad one if it is so
+    deep that MLflow's own reading of it would end in a RecursionError."""
+    try:
+        return response.json()
+    except ValueError:
+        return None
+    except RecursionError as error:
+        raise requests.exceptions.ContentDecodingError(NOT_JSON) from error
+
+
 def answered(error):
     """Return the JSON that a server answered with, or {}. Without it, messages say less."""
     if isinstance(error, RestException):
         return getattr(error, "json", {})
-    try:
-        said = error.response.json()
-    except (AttributeError, ValueError):
-        return {}
+    said = json_of(error.response) if getattr(error, "response", None) is not None else {}
     return said if isinstance(said, dict) else {}
 
 

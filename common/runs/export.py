@@ -1,11 +1,14 @@
 """Can the model be stored at all? Found out before the first epoch, not after the last."""
 
+import re
+import sys
 import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import mlflow
+from mlflow.exceptions import MlflowException
 
 from common.errors import UserError, check_folder
 
@@ -19,6 +22,8 @@ def check_place(experiment, network=None):
     size = 2**20 + sum(tensor.nbytes for tensor in tensors)
     check_folder(tempfile.gettempdir(), "the folder for temporary files (TMPDIR)", size)
     location = urlsplit(experiment.artifact_location)
+    if location.scheme not in ("", "file", "http", "https", "mlflow-artifacts"):
+        _check_store(experiment.artifact_location)
     if location.scheme not in ("", "file"):
         return
     folder = Path(url2pathname(location.path)).absolute()
@@ -29,6 +34,23 @@ def check_place(experiment, network=None):
     hint += "another --experiment gets a folder of its own."
     for part in (folder, folder / "models"):
         check_folder(part, "the folder for the experiment's files", size, hint)
+
+
+def _check_store(location):
+    """Raise UserError if MLflow cannot list what an object store holds: no package, no login."""
+
+    def of_s3():  # asked when something was raised: by then the package is imported
+        found = sys.modules.get("botocore.exceptions")
+        return (found.BotoCoreError, found.ClientError) if found else ()
+
+    try:
+        mlflow.artifacts.list_artifacts(artifact_uri=location)
+    except (ImportError, MlflowException, OSError, ValueError, *of_s3()) as error:
+        shown = re.sub("//[^/@]*:[^/@]*@", "//", location)  # without a login
+        reason = " ".join(str(error).replace(location, shown).split())[:300]
+        what = f"MLflow cannot use {shown}, where the experiment's files are to go: {reason}."
+        hint = "install its package, or export its login; or give another --experiment."
+        raise UserError(what, hint) from error
 
 
 def check_export(network, input_example):

@@ -10,6 +10,7 @@ import functools
 import os
 import shutil
 import stat
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -37,6 +38,14 @@ def prepare(target_path):
     for part in (folder, folder / "models"):  # that one a colleague may have made
         check_folder(part, "--target_path")
     list(_make_missing(folder))
+    for part in filter(Path.is_dir, (folder, folder / "models")):
+        state = part.stat()
+        if state.st_mode & 0o022 and not state.st_mode & stat.S_ISVTX:
+            try:
+                part.chmod(stat.S_IMODE(state.st_mode) | stat.S_ISVTX)
+            except OSError:
+                what = f"warning: others may rename what you write in {part}; its owner should"
+                print(f"{what} chmod +t it.", file=sys.stderr, flush=True)
     return folder
 
 

@@ -50,7 +50,9 @@ LOOKUPS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2",
 LEAVES = (torch.Tensor, bool, int, float, complex, str, type(None))
 
 # What MLflow and Python say, when a model is copied from a folder of this machine.
-NO_FILE = re.compile(r"resolved path is outside the artifact directory|\S+ is a named pipe")
+NO_FILE = re.compile(
+    r"path is outside the artifact directory|\S+ is a named pipe|Too many levels of .* links"
+)
 
 
 @contextlib.contextmanager
@@ -60,10 +62,10 @@ def checked_copy(model_uri):
     What is loaded is the copy that was checked, so nobody can change it in between. It is removed
     at the end of the block; the loaded model does not need it. What fails in the block is reported.
     """
-    with tempfile.TemporaryDirectory() as parent:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as parent:
         try:
             folder = mlflow.artifacts.download_artifacts(model_uri, dst_path=parent)
-        except MlflowException as error:
+        except (MlflowException, OSError) as error:
             if found := NO_FILE.search(str(error)):
                 what = f"the model {model_uri} holds a link, or what is no file: {found[0]}."
                 raise UserError(what, "have its author train it again.") from error

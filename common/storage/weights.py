@@ -50,10 +50,11 @@ def read_weights(path, mapped=False):
             content = content[key]
     found = type(content).__name__
     if isinstance(content, dict):
-        state_dict, found = dict(content), f"a dict of {', '.join(map(str, content))}"[:200]
-        names = all(isinstance(name, str) for name in state_dict)
-        if names and all(map(_is_plain, state_dict.values())):
-            return state_dict
+        named = {k if isinstance(k, (str, int)) else type(k): v for k, v in content.items()}
+        odd = [str(k) for k, v in named.items() if not (isinstance(k, str) and _is_plain(v))]
+        if not odd:
+            return dict(content)
+        found = f"a dict of {', '.join(odd)}"[:200]
     raise UserError(f"{path} holds {found}, not a dict of tensors of plain numbers.", SAVE)
 
 
@@ -74,6 +75,8 @@ def _read_safetensors(path):
 def without_wrappers(state_dict, network):
     """Return the weights without the prefix that torch.compile or Lightning gave, if they fit."""
     expected = network.state_dict().keys()
+    if len(state_dict) != len(expected):
+        return state_dict
     first = next(iter(expected), "")
     names = [name.replace("_orig_mod.", "") for name in state_dict]  # of compiled layers, within
     for prefix in [name.removesuffix(first) for name in names if name.endswith(first)]:

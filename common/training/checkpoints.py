@@ -5,6 +5,7 @@ import os
 import pickle
 import shlex
 import shutil
+import stat
 import tempfile
 import uuid
 from pathlib import Path
@@ -98,8 +99,8 @@ class Checkpoint:
         folder, file = self.folder, self.folder / FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if os.name != "nt" and folder.stat().st_uid != os.getuid():
-                raise UserError(f"{folder} belongs to another user.", "give another --checkpoint.")
+            if os.name != "nt":
+                _keep_out_others(folder)
             self.lock = _locked(folder)
             if not file.exists():
                 return None
@@ -140,6 +141,19 @@ class Checkpoint:
             new.unlink(missing_ok=True)
             what = f"no checkpoint can be written to {self.folder}: {error}".split("\n")[0]
             raise UserError(what, cure(error, "is the disk full, or your quota?")) from error
+
+
+def _keep_out_others(folder):
+    """Let nobody else write in the folder; raise UserError if somebody else's files are there."""
+    hint = "give another --checkpoint."
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"{folder} belongs to another user.", hint)
+    folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~0o022)
+    for path in (folder / "lock", folder / FILE, folder / f"{FILE}.new"):
+        if os.path.lexists(path):
+            state = path.lstat()
+            if not stat.S_ISREG(state.st_mode) or state.st_uid != os.getuid():
+                raise UserError(f"{path} is no file of your own.", hint)
 
 
 def _locked(folder):

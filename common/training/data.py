@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import hashlib
 import os
-import pathlib
 import socket
 import zlib
 from typing import NamedTuple
@@ -12,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 from common.errors import UserError, cure
+
+LARGEST = 2**26  # bytes of a file, unpacked; the largest has 47 MB
 
 
 class Split(NamedTuple):
@@ -47,16 +48,24 @@ def load_data(dataset, data_dir, train):
     folder = os.path.abspath(os.path.join(data_dir, cls.__name__, "raw"))
     files = [os.path.join(folder, name.removesuffix(".gz")) for name, _ in cls.resources]
     try:
+        for file in (path + end for path in files for end in ("", ".gz")):
+            if os.path.lexists(file) and not os.path.isfile(file):  # others may have put it there
+                raise OSError(f"{file} is a pipe, or a link to nothing")
         for file in files:  # packed, as somebody has copied them; not if a download was cut off
             damaged = contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error)
             if os.path.isfile(f"{file}.gz") and not os.path.isfile(file):
                 with damaged, gzip.open(f"{file}.gz") as packed:
-                    pathlib.Path(file).write_bytes(packed.read())
+                    content = packed.read(LARGEST)
+                    if content.startswith(b"\0\0\x08"):  # and is nothing else, to be shown here
+                        with open(file, "xb") as unpacked:
+                            unpacked.write(content)
         if not all(map(os.path.isfile, files)):
             _download(cls, dataset, os.path.abspath(data_dir))
-        raw = cls(data_dir, train=train)
-        images, labels = raw.data.unsqueeze(1), raw.targets
-        if images.shape != (len(labels), 1, 28, 28) or labels.max() >= len(raw.classes):
+        # The first two files are for training. `cls` would prefer what an old torchvision has left.
+        image_file, label_file = files[:2] if train else files[2:]
+        images = datasets.mnist.read_image_file(image_file).unsqueeze(1)
+        labels = datasets.mnist.read_label_file(label_file)
+        if images.shape != (len(labels), 1, 28, 28) or labels.max() >= len(cls.classes):
             raise ValueError(f"{tuple(images.shape)}, {len(labels)} labels up to {labels.max()}")
     # What torchvision's parser raises on a file that is cut short, something else, or not readable.
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -64,7 +73,7 @@ def load_data(dataset, data_dir, train):
         what = f"the files in {folder} are damaged or may not be read ({reason})."
         hint = "delete that folder, to download it again, or choose another --data_dir."
         raise UserError(what, cure(error, hint)) from error
-    class_names = [name.split(" - ")[0] for name in raw.classes]
+    class_names = [name.split(" - ")[0] for name in cls.classes]
     return Split(images, labels, class_names, cls.mirrors[0]).part(slice(None))
 
 

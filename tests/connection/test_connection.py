@@ -198,6 +198,9 @@ LOST = [
     ((302, {"Location": "/login"}, gateway.LOGIN_PAGE), "redirect"),
     ((303, {"Content-Type": "application/json"}, b"{}"), "redirect"),
     ((200, {"Content-Type": "text/plain"}, b"\n <html>busy"), "web_page"),
+    ((200, {"Content-Type": "text/plain"}, b"Please sign in"), "web_page"),
+    ((201, {"Content-Type": "application/json"}, b'["quota exceeded"]'), "web_page"),
+    ((204, {}, b""), "web_page"),
 ]
 
 

@@ -6,12 +6,15 @@ import time
 
 import mlflow
 import pytest
+import requests
 import sqlalchemy
 from conftest import KEY, fails, run
 from gateway import Gateway
+from google.protobuf.json_format import ParseError
+from mlflow.exceptions import MlflowException
 
 from common import connection
-from common.errors import UserError
+from common.errors import UserError, of_system
 
 
 def train(*arguments, cwd, **variables):
@@ -112,6 +115,46 @@ def test_store_that_cannot_be_opened(uri, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"^error: the (local )?store .*\nhint:  [^\n]+$"):
         connection.connect(uri)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "unit", ["x", " ", "\n", "'", "(", "<", "[Errno 2] ", "host='", "\x1b[", "1"]
+)
+def test_long_text_of_a_server(unit, user):
+    """Some login pages are long, and MLflow puts all of it into its message."""
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    for start in (
+        "",
+        "API request to endpoint /x failed with error code 403 != 200. Response body: '",
+    ):
+        error = MlflowException(start + unit * (400_000 // len(unit)))
+        of_system(error)
+        failure = connection.diagnose(error)
+        assert failure is None or len(str(failure)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ((400, b"[" * 100_000 + b"]" * 100_000), "web_page"),
+        ((200, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "web_page"),
+        ((400, b'{"message": ' + b"9" * 5000 + b"}"), "refused"),
+        ((200, b'{"experiments": ' + b"9" * 5000 + b"}"), "web_page"),
+        ((200, b'{"experiments": "abc"}'), "web_page"),
+        ((200, b'{"experiments": [{"creation_time": "NaN"}]}'), "web_page"),
+        ((200, b"null"), "web_page"),
+    ],
+)
+def test_answer_of_another_form(answer, kind, server, user):
+    status, body = answer
+    with Gateway(server, None) as box:
+        box.fault = (status, {"Content-Type": "application/json"}, body)
+        user(MLFLOW_TRACKING_URI=box.uri)
+        with pytest.raises((ParseError, MlflowException, requests.RequestException)) as raised:
+            connection.connect()
+    failure = connection.diagnose(raised.value)
+    assert failure.kind == kind and failure.code == 1
 
 
 @pytest.mark.parametrize(("answers", "words"), [(False, "refused"), (True, "timeout expired")])

@@ -213,8 +213,9 @@ def test_what_servers_repeat_is_struck_out(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pa55word")
     text = "first&key-0123 first&amp;key-0123 second-key-0123 pa55word Basic bWU6cGE1NXdvcmQ= seen"
+    text += " first%26key-0123"
     shown = connection.without_secrets(text)
-    assert shown == "<secret> <secret> <secret> <secret> Basic <secret> seen"
+    assert shown == "<secret> <secret> <secret> <secret> Basic <secret> seen <secret>"
     send("e")
     assert connection.without_secrets("these") == "these"
 

@@ -47,12 +47,26 @@ def test_folder_elsewhere_is_named(tmp_path, user, capsys):
         ("sqlite:////somewhere/mlflow.db", tmp_path.as_uri(), f"files    {tmp_path}\n"),
         ("http://127.0.0.1:9", f"{tmp_path.parent}/a b", f"files    {tmp_path.parent}/a b\n"),
         ("http://127.0.0.1:9", "mlflow-artifacts:/1", ""),
-        ("http://127.0.0.1:9", "s3://bucket/1", ""),
     ):
         mlflow.set_tracking_uri(uri)
         runs.check_place(SimpleNamespace(artifact_location=location), network)
         assert capsys.readouterr().out == said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_object_store_that_cannot_be_used(user, tmp_path):
+    """By its own words, and without the login in its address; before the training, not after."""
+    user(AWS_EC2_METADATA_DISABLED="true", AWS_CONFIG_FILE=str(tmp_path), HOME=str(tmp_path))
+    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    for location, shown, reason in (
+        ("s3://bucket/1", "s3://bucket/1", "Unable to locate credentials"),
+        ("wasbs://c@a/1", "wasbs://c@a/1", "No module named 'azure'"),
+        ("ftp://me:pa55@host/1", "ftp://host/1", "([Nn]ame|connect)"),
+        ("foo://x", "foo://x", "Could not find a registered artifact repository"),
+    ):
+        with pytest.raises(UserError, match=f"cannot use {shown}, .*{reason}") as raised:
+            runs.check_place(SimpleNamespace(artifact_location=location))
+        assert "pa55" not in str(raised.value)
 
 
 def test_too_little_space_for_temporary_files(tmp_path, monkeypatch, user):

@@ -1,6 +1,5 @@
 """Flags: instant help, checked values, one spelling."""
 
-import json
 import os
 import re
 import subprocess
@@ -182,12 +181,11 @@ def test_flags_cannot_be_abbreviated(tmp_path):
     assert "--epoch 3" in run("train_mnist_mlflow.py", "--epoch", 3, cwd=tmp_path, code=2).err
 
 
-def test_mistyped_flag_is_what_torchrun_says_last(tmp_path):
-    """It shows what stands in this file below thirty lines of its own."""
-    said = tmp_path / "error.json"
-    variables = {"TORCHELASTIC_ERROR_FILE": str(said)}
-    run("train_mnist_mlflow.py", "--epoch", 3, cwd=tmp_path, code=2, **variables)
-    assert json.loads(said.read_text())["message"] == "error: unrecognized arguments: --epoch 3"
+def test_bytes_that_are_no_text(tmp_path):
+    command = [sys.executable, ROOT / "train_mnist_mlflow.py", "--note", b"caf\xe9"]
+    finished = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True)
+    assert finished.returncode == 2 and b"bytes that are no text" in finished.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_model_name_without_register(tmp_path):

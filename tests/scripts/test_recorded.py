@@ -1,6 +1,7 @@
 """What runs, settings and answers hold is not trusted: whatever it is, two lines, and at once."""
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -100,7 +101,8 @@ def test_model_of_a_colleague_with_a_link(store, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, limits[1]))  # not the whole disk, if it fails
     try:
-        for name, leads_to in (("more", "/dev/zero"), ("MLmodel", "/dev/zero"), ("data/x", "/tmp")):
+        links = {"more": "/dev/zero", "MLmodel": "/dev/zero", "data/x": "/tmp", "x": "."}
+        for name, leads_to in links.items():
             link = folder / name
             kept = link.read_bytes() if link.exists() else None
             link.unlink(missing_ok=True)
@@ -185,6 +187,20 @@ def test_weights_that_are_not_finite_are_not_registered(prefork, tmp_path):
     assert "no PEM certificates can be read from pipe.pt2: it is no file" in finished.error
 
 
+@pytest.mark.slow
+def test_file_that_is_called_as_mlflow_calls_its_own(prefork, tmp_path):
+    """An archive in place, without the rest of MLflow's folder around it."""
+    network, me = training.MNISTCNN(), Session(tmp_path, prefork)
+    example = np.zeros((2, 1, 28, 28), "float32")
+    mlflow.pytorch.save_model(network.eval(), tmp_path / "saved", input_example=example)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "saved" / "data" / "model.pt2").rename(tmp_path / "data" / "model.pt2")
+    command = "upload_external_model.py --in_place --model_path data/model.pt2 --dataset digits"
+    run_id = me.type(command).result["run_id"]
+    command = "Modify_artifact_location_register_inference.py --dataset digits --verify --run_id"
+    assert me.type(f"{command} {run_id}").result["model_version"] == "1"
+
+
 # Settings files
 
 
@@ -218,9 +234,11 @@ def served():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):  # noqa: N802
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response_only(200)
+            self.send_response_only(answer.get("status", 200))
+            self.send_header("Location", "http://127.0.0.1:9/")
             self.end_headers()
-            self.wfile.write(answer["body"])
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(answer["body"])
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -237,8 +255,17 @@ def test_answers_of_a_served_model(served, capsys):
     for row in (7, [], [None, "x"], "text"):
         answer["body"] = json.dumps({"predictions": [row, row]}).encode()
         refused(lambda: score_rest.main([*flags, "--images", "2"]), "one number per class")
-    answer["body"] = b'{"predictions": [1]}'
-    score_rest.main(flags)
+    answer["body"] = b'{"predictions": [1, {"a": NaN}]}'
+    score_rest.main([*flags, "--data", "[[1, 2, 3, 4], [5, 6, 7, 8]]"])
+    assert '"predictions": [1, {"a": null}]}' in capsys.readouterr().out  # JSON has no NaN
+    answer["body"] = b'{"predictions": [' + b"1," * 2**25
+    refused(lambda: score_rest.main(flags), "its answer has more than 67108864 bytes")
+    answer |= {"body": b"", "status": 307}
+    refused(lambda: score_rest.main(flags), "but not as a served model")  # it is not gone after
+    refused(lambda: score_rest.main(["--url", "http://[::1"]), "no served model answers")
+    for rows in ("[[NaN, 2, 3, 4]]", "[" * 30_000):
+        with pytest.raises(SystemExit):
+            score_rest.main([*flags, "--data", rows])
     with pytest.raises(UserError) as raised:
         score_rest.main(["--url", "http://me:pa55word@127.0.0.1:9"])
     assert "pa55word" not in str(raised.value) + capsys.readouterr().out

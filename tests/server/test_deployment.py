@@ -935,6 +935,29 @@ def test_what_one_created_another_may_read_only(with_owners):
     assert server.status(path=f"/api/{reads[0]}", headers=bearer) == 200
 
 
+def test_copy_of_a_key_and_the_number_of_no_process(tmp_path, monkeypatch, capsys):
+    """A revoked key must not come back by its copy; and -1 is every process there is."""
+    credentials, keys, signals = serve_module.credentials, tmp_path / "keys", []
+    credentials.prepare(tmp_path, "127.0.0.1")
+    for name in ("ada", "eve"):
+        credentials.add_key(tmp_path, name)
+    key = (keys / "eve").read_text().strip()
+    (keys / "eve.bak").write_text(f" {key}\n")
+    credentials.revoke_key(tmp_path, "eve")
+    credentials.add_key(tmp_path, "grace")
+    assert {path.name for path in keys.iterdir()} == {"ada", "admin", "grace"}
+    assert key not in (tmp_path / "gateway" / "keys.conf").read_text()
+
+    monkeypatch.setattr(credentials.os, "kill", lambda *signal: signals.append(signal))
+    (tmp_path / "run").mkdir(exist_ok=True)
+    with credentials.locked(tmp_path):  # as by a server that runs
+        for number in ("-1", "0", "1", "text"):
+            (tmp_path / "run" / "nginx.pid").write_text(number)
+            with pytest.raises(SystemExit, match="nginx has not read the keys again"):
+                credentials.revoke_key(tmp_path, "ada")
+    assert signals == [] and (keys / "ada").exists()
+
+
 @pytest.mark.slow
 @needs_servers
 def test_nobody_becomes_somebody_else(with_owners):

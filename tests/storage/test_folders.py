@@ -105,6 +105,20 @@ def test_folder_is_made_and_checked(tmp_path):
             prepare(path)
 
 
+def test_folder_where_others_may_rename(public, capsys):
+    """Its owner keeps them from it by the sticky bit; who is not its owner is told."""
+    for owner, bits, words in ((os.getuid(), 0o3775, ""), (11111, 0o2775, "owner should chmod +t")):
+        target = public / f"of {owner}"
+        target.mkdir()
+        os.chown(target, owner, 500)
+        target.chmod(0o2775)
+        with other_user(22222, [500]) if owner else contextlib.nullcontext():
+            prepare(str(target))
+        assert target.stat().st_mode & 0o7777 == bits
+        said = capsys.readouterr().err
+        assert (words in said) and bool(said) == bool(words)
+
+
 def test_second_member_of_a_group(public):
     """Folders that are made in the group's folder are as group-writable as that one is."""
     target, mask = public / "models of a group", os.umask(0o022)

@@ -156,6 +156,13 @@ def test_forms_of_a_state_dict(form, tmp_path):
         assert all(torch.equal(value, network.state_dict()[key]) for network in networks)
 
 
+@pytest.mark.timeout(60)
+def test_very_many_names(tmp_path):
+    torch.save({f"{i}.conv1.weight": torch.zeros(1) for i in range(30_000)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="missing conv1.weight; .*; ...\\."):
+        load_weights(MNISTCNN(), tmp_path / "w.pth")
+
+
 def test_prefix_stays_if_the_names_do_not_fit_then(tmp_path):
     """Two networks in one file, and one weight too many."""
     state = MNISTCNN().state_dict()
@@ -187,6 +194,9 @@ def other_network(path):
     state["fc3.weight"] = state.pop("fc2.weight")
     state["conv1.weight"] = torch.zeros(16, 1, 3, 3)
     torch.save(state, path)
+
+
+FLOAT8 = torch.zeros(3, dtype=torch.float8_e4m3fn)
 
 
 def packed(value):
@@ -232,9 +242,9 @@ BAD_FILES = {
         lambda path: torch.save(changed(torch.Tensor.to_sparse), path),
         ["not a dict of tensors of plain numbers"],
     ),
-    "float8": (
-        lambda path: torch.save(changed(lambda value: value.to(torch.float8_e4m3fn)), path),
-        ["not a dict of tensors of plain numbers"],
+    "float8, one of them": (
+        lambda path: torch.save(MNISTCNN().state_dict() | {"x": FLOAT8}, path),
+        ["holds a dict of x, not a dict of tensors of plain numbers"],
     ),
     "float4": (
         lambda path: torch.save(changed(packed), path),

@@ -143,6 +143,24 @@ def test_folder_of_another_user(tmp_path):
     refused(tmp_path, "belongs to another user")
 
 
+@pytest.mark.parametrize("name", ["lock", "training.pt", "training.pt.new"])
+def test_files_that_others_have_put_there(name, tmp_path):
+    """A link would be written through, a pipe waited for; and nobody can put one there later."""
+    precious, path = tmp_path / "precious", tmp_path / "kept" / name
+    precious.write_text("precious")
+    path.parent.mkdir()
+    path.parent.chmod(0o2775)
+    for make in (lambda: path.symlink_to(precious), lambda: os.mkfifo(path)):
+        make()
+        with pytest.raises(UserError, match=f"{name} is no file of your own"):
+            start(path.parent)
+        path.unlink()
+    path.parent.chmod(0o2775)
+    _, checkpoint, _ = start(path.parent)
+    assert path.parent.stat().st_mode & 0o7777 == 0o2755 and precious.read_text() == "precious"
+    release(checkpoint)
+
+
 def test_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be used: (Not a directory|File exists)"):

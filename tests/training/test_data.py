@@ -1,6 +1,7 @@
 """The data sets as tensors, and what their files have to be."""
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,36 @@ def test_packed_files_are_unpacked(tmp_path, monkeypatch, capsys):
         assert read.digest == digits(False).digest and capsys.readouterr().out == ""
     # What is left of a download that was cut off is no such file: it is downloaded again.
     packed = next(raw.glob("t10k-images*.gz"))
-    for content in (packed.read_bytes()[:-100], b"<html>"):
+    for content in (packed.read_bytes()[:-100], b"<html>", gzip.compress(b"a key, say")):
         packed.write_bytes(content)
         packed.with_suffix("").unlink(missing_ok=True)
         with pytest.raises(UserError, match="is not in .* cannot be downloaded"):
             training.load_data("mnist", str(tmp_path), train=False)
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_what_others_have_put_into_a_shared_folder_of_data(end, tmp_path):
+    """A link to nothing would have the file unpacked where it leads; a pipe would be waited for."""
+    raw = write_mnist(tmp_path) / "MNIST" / "raw"
+    path, profile = raw / f"t10k-images-idx3-ubyte{end}", tmp_path / "profile"
+    content = (raw / "t10k-images-idx3-ubyte").read_bytes()
+    for make in (lambda: path.symlink_to(profile), lambda: os.mkfifo(path)):
+        path.unlink(missing_ok=True)
+        make()
+        if not end:
+            Path(f"{path}.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(UserError, match="is a pipe, or a link to nothing"):
+            training.load_data("mnist", str(tmp_path), train=False)
+        assert not profile.exists()
+
+
+def test_files_of_an_old_torchvision_do_not_come_first(tmp_path):
+    processed = write_mnist(tmp_path) / "MNIST" / "processed"
+    processed.mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28), torch.full((3,), -7)), processed / name)
+    read = training.load_data("mnist", str(tmp_path), train=False)
+    assert read.digest == digits(False).digest
 
 
 @pytest.mark.slow
