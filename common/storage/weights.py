@@ -50,11 +50,11 @@ def read_weights(path, mapped=False):
             content = content[key]
     found = type(content).__name__
     if isinstance(content, dict):
-        named = {k if isinstance(k, (str, int)) else type(k): v for k, v in content.items()}
-        odd = [str(k) for k, v in named.items() if not (isinstance(k, str) and _is_plain(v))]
-        if not odd:
+        bad = [k for k, v in content.items() if not (isinstance(k, str) and _is_plain(v))]
+        if not bad:
             return dict(content)
-        found = f"a dict of {', '.join(odd)}"[:200]
+        words = (k if isinstance(k, str) else type(k).__name__ for k in bad)
+        found = f"a dict of {', '.join(words)}"[:200]
     raise UserError(f"{path} holds {found}, not a dict of tensors of plain numbers.", SAVE)
 
 

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import socket
+import tempfile
 import zlib
 from typing import NamedTuple
 
@@ -57,8 +58,10 @@ def load_data(dataset, data_dir, train):
                 with damaged, gzip.open(f"{file}.gz") as packed:
                     content = packed.read(LARGEST)
                     if content.startswith(b"\0\0\x08"):  # and is nothing else, to be shown here
-                        with open(file, "xb") as unpacked:
+                        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unpacked:
                             unpacked.write(content)
+                        os.chmod(unpacked.name, 0o644)
+                        os.replace(unpacked.name, file)  # whole, also if two jobs do it at once
         if not all(map(os.path.isfile, files)):
             _download(cls, dataset, os.path.abspath(data_dir))
         # The first two files are for training. `cls` would prefer what an old torchvision has left.

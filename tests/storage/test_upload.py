@@ -232,7 +232,7 @@ BAD_FILES = {
     "settings": (lambda path: torch.save({"lr": 0.1}, path), ["holds a dict of lr"]),
     "numbers for names": (
         lambda path: torch.save({1: torch.zeros(3)}, path),
-        ["holds a dict of 1"],
+        ["holds a dict of int"],
     ),
     "not a number": (
         lambda path: torch.save(changed(lambda value: value * float("nan")), path),
