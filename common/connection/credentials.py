@@ -39,7 +39,7 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
     """
 
     def __init__(self):
-        self.sent = []  # every secret so far, to be struck out wherever a server repeats one
+        self.sent = {}  # every secret so far, to be struck out wherever a server repeats one
         self.last = {}  # of each kind, to go on with if its file becomes unreadable
         self.experiment = None  # the one that `connect` was told, for `diagnose`
         self.said = None  # what is wrong with such a file, if that has been said
@@ -78,9 +78,8 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
                 request.headers["Authorization"] = f"Bearer {token}"
         if key and safe:
             request.headers["X-Api-Key"] = key
-        for value in (key, token, request.headers.get("Authorization", "").partition(" ")[2]):
-            if value and value not in self.sent:
-                self.sent.append(value)
+        sent = (key, token, request.headers.get("Authorization", "").partition(" ")[2])
+        self.sent |= dict.fromkeys(filter(None, sent))
         request.register_hook("response", self._remember)
         return request
 
@@ -109,8 +108,9 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
         if stream:
             return None
         answer = undocumented.json_of(response)
-        stored = response.status_code == 200 and not response.content  # newer servers' word for it
-        if response.ok and "/mlflow" in path and not (stored or isinstance(answer, dict)):
+        # Newer servers answer an upload by an empty 200; redirects and errors are MLflow's to tell.
+        known = isinstance(answer, dict) or (response.status_code == 200 and not response.content)
+        if response.status_code < 300 and "/mlflow" in path and not known:
             raise requests.exceptions.ContentDecodingError(undocumented.NOT_JSON)
         if not response.ok and answer is not None:
             self.refusals[str(answer)] = response.status_code, path
@@ -184,7 +184,7 @@ def keeps_secrets(url):
 
 def without_secrets(text):
     """Return `text` without the secrets in variables or sent so far, however servers write them."""
-    values = CREDENTIALS.sent + [os.environ.get(name, "") for name in SECRETS]
+    values = [*CREDENTIALS.sent, *(os.environ.get(name, "") for name in SECRETS)]
     user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     values.append(base64.b64encode(f"{user}:{values[-1]}".encode()).decode() if user else "")
     for value in map(str.strip, values):
