@@ -51,6 +51,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = training.MNISTCNN()
     if world.rank == 0:
+        storage.check_space(folder, network)
         runs.check_export(network, training.input_example(test.images))  # can it be stored?
         # [MLflow 13] create_experiment: the only place where an artifact location can be set, to
         # which MLflow writes from here. With workspaces none can be: the model's tags say it then.
@@ -58,7 +59,6 @@ def main(argv=None):
         external = storage.place_experiment(args.experiment, folder, create)
         # [MLflow 1] set_experiment: the run joins the others of this one, on the left in the UI.
         experiment = mlflow.set_experiment(args.experiment)
-        runs.check_place(experiment, network)  # can files be written there?
         if args.register:
             runs.check_registrable(args.model_name)  # it may be somebody else's
 

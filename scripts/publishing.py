@@ -104,7 +104,14 @@ def send_files(local, server, run, there):
 def files_in(folder):
     """Return {name: path} of all files in a folder and below."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    for name, path in files.items():
+        # MLflow puts a name into the address as it is: `a#1` and `a#2` would both become `a`.
+        if set("#?%") & set(name) or not name.isprintable() or path.is_symlink():
+            what = f"{path} is a link, or its name holds one of # ? %, or is not printable"
+            hint = "rename it, or put the file there itself; none of its run's files was sent."
+            raise UserError(f"{what}: it would not arrive.", hint)
+    return files
 
 
 def missing_files(files, listing, since=None):

@@ -21,7 +21,7 @@ from common.errors import UserError
 URL = "http://127.0.0.1:1234"  # the guide's port; /invocations is added if it is missing
 COLUMNS = ("sepal_length", "sepal_width", "petal_length", "petal_width")
 ROWS = "[[5.1, 3.5, 1.4, 0.2]]"
-LARGEST = 2**26  # bytes of an answer
+LARGEST, PATIENCE = 2**26, 300  # bytes and seconds of an answer
 
 
 def build_parser():
@@ -112,21 +112,24 @@ def ask(url, payload, count):
     """Post the payload, and return `count` predictions; or raise UserError with what went wrong."""
     import json
     import re
+    import time
     from urllib.parse import urlsplit
 
     import requests
+    import urllib3
 
     shown, session, content = without_login(url), requests.Session(), bytearray()
+    start = time.monotonic()
     how = {"timeout": (10, 120), "stream": True, "allow_redirects": False}
     try:
         # A compute node's proxy cannot reach a server on this machine: loopback goes without it.
         session.trust_env = urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1")
         response = session.post(url, json=payload, **how)
-        for piece in response.iter_content(2**16):
+        while piece := response.raw.read1(2**16, decode_content=True):  # what has come so far
             content += piece
-            if len(content) > LARGEST:
-                raise ValueError(f"its answer has more than {LARGEST} bytes")
-    except (requests.RequestException, ValueError) as error:
+            if len(content) > LARGEST or time.monotonic() > start + PATIENCE:
+                raise ValueError(f"its answer takes more than {LARGEST} bytes or {PATIENCE} s")
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
         reason = found[1] if found else str(error)[:200].replace(url, shown)
         raise UserError(

@@ -49,6 +49,11 @@ def open_storage(storage):
         if "://" in storage:
             shown = sqlalchemy.engine.make_url(storage).render_as_string()  # hides the password
             return optuna.storages.RDBStorage(storage)
+        if os.path.lexists(storage):  # Optuna would append to any file
+            with open(storage, "rb") as file:
+                start = file.read(10)
+            if start and not start.startswith(b'{"op_code"'):
+                raise OSError("it is another file, and not a study's")
         backend = optuna.storages.journal.JournalFileBackend(storage)
         return optuna.storages.JournalStorage(backend)
     except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:

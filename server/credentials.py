@@ -90,9 +90,7 @@ def revoke_key(folder, name):
             )
         write_maps(folder, keys)
         refused = tried(folder, name, key, lambda status: status == 401)
-        for path in keys_of(folder).iterdir():  # a copy in there would let it in again
-            if path.is_file() and path.read_text(errors="replace").strip() == key:
-                path.unlink()
+        (folder / "keys" / name).unlink()
     print(f"revoked  {name}" + ("  nginx refuses it" if refused else ""), flush=True)
     if not refused and (folder / "compose.env").exists():
         print("containers let it in until their nginx reads the keys again: nginx -s reload")
@@ -114,7 +112,12 @@ def keys_in(folder):
     for path in sorted(keys_of(folder).glob("[!.]*")):
         plain = path.is_file() and not path.is_symlink()
         key = path.read_text(errors="replace").strip() if plain else ""
-        if re.fullmatch(NAME, path.name) and re.fullmatch(KEY, key) and key not in found.values():
+        if re.fullmatch(NAME, path.name) and re.fullmatch(KEY, key):
+            if key in found.values():  # whose it is would go by the alphabet; a revoked one would
+                raise SystemExit(  # come back by its copy
+                    f"error: {path} holds the same key as another file there.\n"
+                    "hint:  delete the copy; everybody has a key of their own."
+                )
             found[path.name] = key
         else:
             print(f"warning: {path} is no key, and lets nobody in", file=sys.stderr, flush=True)

@@ -67,7 +67,7 @@ class Gateway:
     `fault`        what goes wrong: one of FAULTS, or (status, headers, body) for any other answer;
                    "json" is a 401 in JSON, but not MLflow's, "echo" a 403 whose text shows the
                    request's headers, "late" a 502 for what the server has done all the same,
-                   "drip" the server's answer at ten bytes a second
+                   "drip" the last kB of the server's answer at ten bytes a second
     `fault_on`     for which requests: a function of method and path
     `redirect_to`  where the fault "redirect" leads
     `clock_lead`   seconds that its clock is ahead
@@ -222,6 +222,9 @@ class Gateway:
                 if "Content-Length" not in headers:
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
+                if slowly:
+                    self.wfile.write(content[:-1000])
+                    content = content[-1000:]
                 while slowly and content and not gateway._released.wait(0.1):
                     self.wfile.write(content[:1])
                     content = content[1:]

@@ -9,11 +9,13 @@ import sys
 
 from mlflow.cli import cli  # the `mlflow` command's own entry point
 
-from common.errors import print_and_exit
+from common.errors import Printed, print_and_exit
 
 from .preflight import connect
 
 sys.excepthook = print_and_exit
+if sys.stdout.isatty():  # names that others gave may hold more than letters
+    sys.stdout = Printed(sys.stdout, one_line=False)
 with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to the command
     connect()
 cli(prog_name="mlflow")

@@ -58,6 +58,24 @@ def origin(uri):
     return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
 
 
+def belongs_to_server(url):
+    """Return whether an address is on the tracking server: the same scheme, host and port."""
+    return origin(url) == origin(mlflow.get_tracking_uri())
+
+
+def lie_elsewhere(location):
+    where = printable(location)
+    what = f"the artifacts lie on another server, {where}, and no credential must go there."
+    return UserError(what, "choose an --experiment, or a run of one, with its artifacts here.")
+
+
+def keeps_secrets(url):
+    """Return whether a key may go there: over https, or to this machine and through no proxy."""
+    parts = urlsplit(url)
+    local = parts.scheme == "http" and parts.hostname in LOOPBACK
+    return parts.scheme == "https" or (local and not proxy_of(url))
+
+
 def _choose(tracking_uri):
     if tracking_uri is not None:
         return tracking_uri.strip(), "from --tracking_uri"

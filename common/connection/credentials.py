@@ -11,6 +11,7 @@ import html
 import io
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -23,7 +24,14 @@ from mlflow.tracking.request_auth.abstract_request_auth_provider import RequestA
 from common.errors import UserError
 
 from . import undocumented
-from .address import AMSC_TOKEN_URIS, AMSC_URI, LOOPBACK, origin, printable, proxy_of
+from .address import (
+    AMSC_TOKEN_URIS,
+    AMSC_URI,
+    belongs_to_server,
+    keeps_secrets,
+    lie_elsewhere,
+    origin,
+)
 from .secret import KEY, TOKEN, check_header, secret, source, validity
 
 AMSC = {AMSC_URI: KEY} | dict.fromkeys(AMSC_TOKEN_URIS, TOKEN)  # what each server demands
@@ -100,7 +108,8 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
         raise error
 
     def _remember(self, response, stream=False, **_):
-        response.raw.stream = functools.partial(self._pieces, response.raw)
+        longest = math.inf if stream else 2**28  # bytes; files may have more
+        response.raw.stream = functools.partial(self._pieces, response.raw, longest)
         path = urlsplit(response.url).path
         # MLflow takes any answer below 400 for success, and what was sent would be lost.
         if response.ok and response.status_code >= 300 and "/mlflow-artifacts/" in path:
@@ -109,8 +118,9 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
             return None
         answer = undocumented.json_of(response)
         # Newer servers answer an upload by an empty 200; redirects and errors are MLflow's to tell.
-        known = isinstance(answer, dict) or (response.status_code == 200 and not response.content)
-        if response.status_code < 300 and "/mlflow" in path and not known:
+        known = isinstance(answer, dict) or response.status_code >= 300
+        known |= "/mlflow-artifacts/" in path and (response.status_code, response.text) == (200, "")
+        if "/api/" in path and "/mlflow" in path and not known:
             raise requests.exceptions.ContentDecodingError(undocumented.NOT_JSON)
         if not response.ok and answer is not None:
             self.refusals[str(answer)] = response.status_code, path
@@ -121,17 +131,22 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
                 return done
         return None
 
-    def _pieces(self, raw, size, decode_content=True):
+    def _pieces(self, raw, longest, size, decode_content=True):
         """Yield an answer; Timeout below 1 kB/s: `requests` begins anew with each byte."""
         patience = mlflow.environment_variables.MLFLOW_HTTP_REQUEST_TIMEOUT.get()
-        start, count = time.monotonic(), 0
-        # A piece comes when it is full, so the first ones are small.
-        while piece := raw.read(min(size, 64 + count // 8), decode_content=decode_content):
+        waited, count, start = 0, 0, time.monotonic()
+        while piece := raw.read1(size, decode_content=decode_content):  # what has come so far
+            waited, count = waited + time.monotonic() - start, count + len(piece)
+            longest -= len(piece)
+            if longest < 0:
+                raise requests.exceptions.ContentDecodingError(undocumented.NOT_JSON)
+            if waited > patience:
+                if count < 1000 * waited:
+                    slow = f"{count} bytes of an answer in {waited:.0f} s"
+                    self._stop(requests.exceptions.Timeout(slow))
+                waited = count = 0
             yield piece
-            count += len(piece)
-            if (seconds := time.monotonic() - start) > patience + count / 1000:
-                slow = f"{count} bytes of an answer in {seconds:.0f} s"
-                self._stop(requests.exceptions.Timeout(slow))
+            start = time.monotonic()
 
 
 CREDENTIALS = Credentials()
@@ -162,24 +177,6 @@ def credential():
             kind = "key" if name == KEY else "access token"
             raise UserError(what, f'export {name}="<your {kind}>"')
     return ", ".join(words) or "no credentials"
-
-
-def belongs_to_server(url):
-    """Return whether an address is on the tracking server: the same scheme, host and port."""
-    return origin(url) == origin(mlflow.get_tracking_uri())
-
-
-def lie_elsewhere(location):
-    where = printable(location)
-    what = f"the artifacts lie on another server, {where}, and no credential must go there."
-    return UserError(what, "choose an --experiment, or a run of one, with its artifacts here.")
-
-
-def keeps_secrets(url):
-    """Return whether a key may go there: over https, or to this machine and through no proxy."""
-    parts = urlsplit(url)
-    local = parts.scheme == "http" and parts.hostname in LOOPBACK
-    return parts.scheme == "https" or (local and not proxy_of(url))
 
 
 def without_secrets(text):

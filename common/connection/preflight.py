@@ -15,8 +15,8 @@ from mlflow.exceptions import MlflowException
 from common.errors import UserError
 
 from . import undocumented
-from .address import address, printable
-from .credentials import CREDENTIALS, belongs_to_server, credential, lie_elsewhere
+from .address import address, belongs_to_server, lie_elsewhere, printable
+from .credentials import CREDENTIALS, credential
 from .secret import check_token
 from .settings import FIRST_REQUESTS, SETTINGS, environment, trust
 

@@ -18,6 +18,7 @@ things, leave the other files out, together with their lines below:
 
 from .files import of_alias, of_model, recorded, sha256, throughput, verify
 from .folders import (
+    check_space,
     claim,
     open_to_group,
     path_of,

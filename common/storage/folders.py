@@ -49,6 +49,12 @@ def prepare(target_path):
     return folder
 
 
+def check_space(folder, network):
+    """Raise UserError if the filesystem has less space left than the weights of `network` take."""
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    check_folder(folder, "--target_path", size)
+
+
 def place_experiment(name, folder, create):
     """Have the experiment `name` keep its files in `folder`; `create(name, location)` makes it.
 

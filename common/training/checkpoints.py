@@ -55,7 +55,7 @@ class Checkpoint:
                 if weights:
                     network.load_state_dict(weights[0])
                     optimizer.load_state_dict(weights[1])
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 what = f"{folder} holds another network: {str(error).split(chr(10))[0]}"
                 raise UserError(what, "give another --checkpoint.") from error
         elif self.folder:
@@ -145,15 +145,18 @@ class Checkpoint:
 
 def _keep_out_others(folder):
     """Let nobody else write in the folder; raise UserError if somebody else's files are there."""
-    hint = "give another --checkpoint."
+    hint, mode = "give another --checkpoint.", folder.stat().st_mode
     if folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder} belongs to another user.", hint)
-    folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~0o022)
-    for path in (folder / "lock", folder / FILE, folder / f"{FILE}.new"):
-        if os.path.lexists(path):
-            state = path.lstat()
-            if not stat.S_ISREG(state.st_mode) or state.st_uid != os.getuid():
-                raise UserError(f"{path} is no file of your own.", hint)
+    for path in folder.iterdir():
+        state = path.lstat()
+        if path.name not in ("lock", FILE, f"{FILE}.new"):
+            if mode & 0o022:  # then it is not for this alone
+                what = f"others may write in {folder}, which holds {path.name} as well."
+                raise UserError(what, f"chmod go-w {shlex.quote(str(folder))}, or {hint}")
+        elif not stat.S_ISREG(state.st_mode) or (state.st_uid, state.st_nlink) != (os.getuid(), 1):
+            raise UserError(f"{path} is no file of your own.", hint)
+    folder.chmod(stat.S_IMODE(mode) & ~0o022)
 
 
 def _locked(folder):

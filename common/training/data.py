@@ -50,8 +50,9 @@ def load_data(dataset, data_dir, train):
     files = [os.path.join(folder, name.removesuffix(".gz")) for name, _ in cls.resources]
     try:
         for file in (path + end for path in files for end in ("", ".gz")):
-            if os.path.lexists(file) and not os.path.isfile(file):  # others may have put it there
-                raise OSError(f"{file} is a pipe, or a link to nothing")
+            good = os.path.isfile(file) and os.path.getsize(file) < LARGEST
+            if os.path.lexists(file) and not good:  # others may have put it there
+                raise OSError(f"{file} is a pipe, a link to nothing, or much too large")
         for file in files:  # packed, as somebody has copied them; not if a download was cut off
             damaged = contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error)
             if os.path.isfile(f"{file}.gz") and not os.path.isfile(file):
@@ -63,7 +64,7 @@ def load_data(dataset, data_dir, train):
                         os.chmod(unpacked.name, 0o644)
                         os.replace(unpacked.name, file)  # whole, also if two jobs do it at once
         if not all(map(os.path.isfile, files)):
-            _download(cls, dataset, os.path.abspath(data_dir))
+            _download(cls, dataset, os.path.abspath(data_dir), folder)
         # The first two files are for training. `cls` would prefer what an old torchvision has left.
         image_file, label_file = files[:2] if train else files[2:]
         images = datasets.mnist.read_image_file(image_file).unsqueeze(1)
@@ -95,14 +96,22 @@ def _load_digits(train):
     return everything.part(torch.tensor(parts[0] if train else parts[1]))
 
 
-def _download(cls, dataset, folder):
-    """Let torchvision download; raise UserError with both ways out if it cannot."""
+def _download(cls, dataset, folder, raw):
+    """Let torchvision download; raise UserError with both ways out if it cannot.
+
+    It writes through links that others may have planted; so the files are moved to `raw` from a new
+    folder, which replaces such a link.
+    """
     name, patience = cls.__name__, socket.getdefaulttimeout()
     # Where packets are dropped, urllib by itself would wait for minutes at each address.
     socket.setdefaulttimeout(5)
     print(f"download {dataset} into {folder}", flush=True)
     try:
-        cls(folder, download=True)
+        os.makedirs(raw, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            cls(new, download=True)
+            for file in os.scandir(os.path.join(new, name, "raw")):
+                os.replace(file.path, os.path.join(raw, file.name))
     except (OSError, RuntimeError) as error:  # RuntimeError: torchvision has tried every server
         reason = " ".join(str(error).split())[:300]
         fetch = f"from torchvision.datasets import {name}; {name}('data', download=True)"

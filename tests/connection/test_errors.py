@@ -157,6 +157,21 @@ def test_answer_of_another_form(answer, kind, server, user):
     assert failure.kind == kind and failure.code == 1
 
 
+def test_empty_answer_and_a_server_below_a_path(server, user):
+    """Nothing is MLflow's answer to an upload alone; what has no JSON may lie beside the API."""
+    with Gateway(server, None) as box:
+        user(MLFLOW_TRACKING_URI=box.uri)
+        connection.connect()
+        run_id = mlflow.MlflowClient().create_run("0").info.run_id
+        box.fault = (200, {"Content-Type": "application/json"}, b"")
+        with pytest.raises(MlflowException) as raised:
+            mlflow.MlflowClient().set_tag(run_id, "lost", "1")
+        assert connection.diagnose(raised.value).kind == "web_page"
+        box.fault = (200, {"Content-Type": "text/plain"}, b"2.22.0")
+        mlflow.set_tracking_uri(f"{box.uri}/mlflow")
+        assert connection.server_version() == "2.22.0"
+
+
 @pytest.mark.parametrize(("answers", "words"), [(False, "refused"), (True, "timeout expired")])
 def test_database_that_is_away(answers, words, user):
     """MLflow would try for 100 s, and PostgreSQL's client wait for one that never says a word."""

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import optuna
 import pytest
 import torch
 from conftest import Session
 
 from common import runs, storage, training
 from common.errors import UserError
-from scripts import promotions, score_rest, settings
+from scripts import promotions, publishing, score_rest, settings, studies
 
 
 @pytest.fixture
@@ -223,6 +224,30 @@ def test_settings_file(text, tmp_path, capsys):
     assert ending.value.code == 2 and "error: argument --" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"a thesis", b"[1]", b"\x00" * 20, b'{"other": 1}'])
+def test_study_in_a_file_that_is_none(content, tmp_path):
+    """Optuna would append to any file."""
+    path = tmp_path / "thesis"
+    path.write_bytes(content)
+    refused(lambda: studies.open_storage(str(path)), "it is another file, and not a study's")
+    assert path.read_bytes() == content
+    for _ in range(2):
+        optuna.create_study(storage=studies.open_storage(f"{path}.log"), load_if_exists=True)
+
+
+@pytest.mark.parametrize("name", ["a#1", "what?", "50%41", "two\nlines"])
+def test_files_whose_names_would_not_arrive(name, tmp_path):
+    """MLflow puts a name into the address as it is: `a#1` and `a#2` would both become `a`."""
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "a b.txt").touch()
+    assert list(publishing.files_in(tmp_path)) == ["plots/a b.txt"]
+    (tmp_path / "plots" / name).touch()
+    refused(lambda: publishing.files_in(tmp_path), "it would not arrive")
+    (tmp_path / "plots" / name).unlink()
+    (tmp_path / "link").symlink_to("/etc/hostname")
+    refused(lambda: publishing.files_in(tmp_path), "link is a link")
+
+
 # Answers of a served model
 
 
@@ -238,6 +263,9 @@ def served():
             self.send_header("Location", "http://127.0.0.1:9/")
             self.end_headers()
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for byte in answer["body"] if "slowly" in answer else ():
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.1)
                 self.wfile.write(answer["body"])
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
@@ -246,7 +274,7 @@ def served():
     server.shutdown()
 
 
-def test_answers_of_a_served_model(served, capsys):
+def test_answers_of_a_served_model(served, capsys, monkeypatch):
     url, answer = served
     flags = ["--url", url, "--dataset", "digits"]
     for body in (b"[" * 100_000, b"9" * 5000, b"{}", b'{"predictions": []}', b'{"predictions": 7}'):
@@ -259,7 +287,10 @@ def test_answers_of_a_served_model(served, capsys):
     score_rest.main([*flags, "--data", "[[1, 2, 3, 4], [5, 6, 7, 8]]"])
     assert '"predictions": [1, {"a": null}]}' in capsys.readouterr().out  # JSON has no NaN
     answer["body"] = b'{"predictions": [' + b"1," * 2**25
-    refused(lambda: score_rest.main(flags), "its answer has more than 67108864 bytes")
+    refused(lambda: score_rest.main(flags), "its answer takes more than 67108864 bytes")
+    monkeypatch.setattr(score_rest, "PATIENCE", 1)
+    answer |= {"body": b"{" + b" " * 100, "slowly": True}
+    refused(lambda: score_rest.main(flags), "its answer takes more than")
     answer |= {"body": b"", "status": 307}
     refused(lambda: score_rest.main(flags), "but not as a served model")  # it is not gone after
     refused(lambda: score_rest.main(["--url", "http://[::1"]), "no served model answers")

@@ -12,7 +12,7 @@ import torch
 from conftest import other_user
 
 from common.errors import UserError, of_system
-from common.storage import claim, path_of, prepare, remove_unfinished, staged
+from common.storage import check_space, claim, path_of, prepare, remove_unfinished, staged
 
 
 def names(folder):
@@ -89,6 +89,14 @@ def test_failure_at_the_very_end(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Input/output error"), staged(tmp_path / "mine") as folder:
         (folder / "weights").touch()
     assert names(tmp_path) == []
+
+
+def test_model_larger_than_the_free_space(tmp_path):
+    with torch.device("meta"):
+        network = torch.nn.Linear(2**24, 2**24, bias=False)
+    what = "error: the model takes 1,125,899,906.8 MB, and .* has space for .*\nhint:  make room"
+    with pytest.raises(UserError, match=what):
+        check_space(tmp_path, network)
 
 
 def test_folder_is_made_and_checked(tmp_path):

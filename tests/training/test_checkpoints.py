@@ -150,7 +150,8 @@ def test_files_that_others_have_put_there(name, tmp_path):
     precious.write_text("precious")
     path.parent.mkdir()
     path.parent.chmod(0o2775)
-    for make in (lambda: path.symlink_to(precious), lambda: os.mkfifo(path)):
+    links = (lambda: path.symlink_to(precious), lambda: os.link(precious, path))
+    for make in (*links, lambda: os.mkfifo(path)):
         make()
         with pytest.raises(UserError, match=f"{name} is no file of your own"):
             start(path.parent)
@@ -159,6 +160,17 @@ def test_files_that_others_have_put_there(name, tmp_path):
     _, checkpoint, _ = start(path.parent)
     assert path.parent.stat().st_mode & 0o7777 == 0o2755 and precious.read_text() == "precious"
     release(checkpoint)
+
+
+@pytest.mark.parametrize("mode", [0o2775, 0o1777])
+def test_folder_that_is_for_others_as_well(mode, tmp_path):
+    (tmp_path / "notes").touch()
+    tmp_path.chmod(mode)
+    with pytest.raises(UserError, match="others may write in .*, which holds notes as well"):
+        start(tmp_path)
+    assert tmp_path.stat().st_mode & 0o7777 == mode and len(list(tmp_path.iterdir())) == 1
+    tmp_path.chmod(0o2755)
+    release(start(tmp_path)[1])
 
 
 def test_folder_that_cannot_be(tmp_path):

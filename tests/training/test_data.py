@@ -1,12 +1,16 @@
 """The data sets as tensors, and what their files have to be."""
 
 import gzip
+import hashlib
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REAL_DATA, REAL_MNIST, write_mnist
+from torchvision import datasets
 
 from common import training
 from common.errors import UserError
@@ -83,9 +87,41 @@ def test_what_others_have_put_into_a_shared_folder_of_data(end, tmp_path):
         make()
         if not end:
             Path(f"{path}.gz").write_bytes(gzip.compress(content))
-        with pytest.raises(UserError, match="is a pipe, or a link to nothing"):
+        with pytest.raises(UserError, match="is a pipe, a link to nothing, or much too large"):
             training.load_data("mnist", str(tmp_path), train=False)
         assert not profile.exists()
+
+
+class Mirror(BaseHTTPRequestHandler):
+    def do_GET(self):  # noqa: N802
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.files[self.path[1:]])
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_download_follows_no_link(tmp_path, monkeypatch):
+    """As torchvision does, which would write over a file of the user's own."""
+    raw = write_mnist(tmp_path / "there") / "MNIST" / "raw"
+    files = {f"{path.name}.gz": gzip.compress(path.read_bytes()) for path in raw.iterdir()}
+    known = [(n, hashlib.md5(files[n]).hexdigest()) for n, _ in datasets.MNIST.resources]
+    mirror = HTTPServer(("127.0.0.1", 0), Mirror)
+    mirror.files = files
+    threading.Thread(target=mirror.serve_forever, daemon=True).start()
+    monkeypatch.setattr(datasets.MNIST, "resources", known)
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{mirror.server_port}/"])
+    thesis, here = tmp_path / "thesis", tmp_path / "here" / "MNIST" / "raw"
+    here.mkdir(parents=True)
+    thesis.write_text("thesis")
+    (here / "train-images-idx3-ubyte").symlink_to(thesis)
+    (here / "t10k-images-idx3-ubyte.gz").symlink_to(thesis)
+    os.link(thesis, here / "t10k-labels-idx1-ubyte")
+    read = training.load_data("mnist", str(tmp_path / "here"), train=False)
+    mirror.shutdown()
+    assert read.digest == digits(False).digest and thesis.read_text() == "thesis"
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["MNIST"]
 
 
 def test_files_of_an_old_torchvision_do_not_come_first(tmp_path):
