@@ -90,7 +90,9 @@ def revoke_key(folder, name):
             )
         write_maps(folder, keys)
         refused = tried(folder, name, key, lambda status: status == 401)
-        (folder / "keys" / name).unlink()
+        for path in keys_of(folder).iterdir():
+            if key_in(path) == key:  # a copy would let it in again
+                path.unlink()
     print(f"revoked  {name}" + ("  nginx refuses it" if refused else ""), flush=True)
     if not refused and (folder / "compose.env").exists():
         print("containers let it in until their nginx reads the keys again: nginx -s reload")
@@ -107,21 +109,23 @@ def keys_of(folder):
 
 
 def keys_in(folder):
-    """{owner: key}: what add_key made. Anything else in there lets nobody in."""
+    """{owner: key}: what add_key made. Anything else in there, a copy too, lets nobody in."""
     found = {}
-    for path in sorted(keys_of(folder).glob("[!.]*")):
-        plain = path.is_file() and not path.is_symlink()
-        key = path.read_text(errors="replace").strip() if plain else ""
-        if re.fullmatch(NAME, path.name) and re.fullmatch(KEY, key):
-            if key in found.values():  # whose it is would go by the alphabet; a revoked one would
-                raise SystemExit(  # come back by its copy
-                    f"error: {path} holds the same key as another file there.\n"
-                    "hint:  delete the copy; everybody has a key of their own."
-                )
+    oldest_first = sorted(keys_of(folder).glob("[!.]*"), key=lambda path: path.lstat().st_mtime)
+    for path in oldest_first:
+        key = key_in(path)
+        if key and key not in found.values():
             found[path.name] = key
         else:
             print(f"warning: {path} is no key, and lets nobody in", file=sys.stderr, flush=True)
     return found
+
+
+def key_in(path):
+    """The key in a file, or "" if add_key has not made it."""
+    made = re.fullmatch(NAME, path.name) and path.is_file() and not path.is_symlink()
+    key = path.read_text(errors="replace").strip() if made and path.stat().st_size < 200 else ""
+    return key if re.fullmatch(KEY, key) else ""
 
 
 def write_maps(folder, keys):

@@ -936,20 +936,21 @@ def test_what_one_created_another_may_read_only(with_owners):
 
 
 def test_copy_of_a_key_and_the_number_of_no_process(tmp_path, monkeypatch, capsys):
-    """A revoked key would come back by its copy; and -1 is every process there is."""
+    """A revoked key must not come back by its copy; and -1 is every process there is."""
     credentials, keys, signals = serve_module.credentials, tmp_path / "keys", []
     credentials.prepare(tmp_path, "127.0.0.1")
     for name in ("ada", "eve"):
         credentials.add_key(tmp_path, name)
     key = (keys / "eve").read_text().strip()
-    (keys / "eve.bak").write_text(f" {key}\n")
-    for act in (credentials.revoke_key, credentials.add_key):
-        with pytest.raises(SystemExit, match="eve.bak holds the same key as another file there"):
-            act(tmp_path, "eve" if act is credentials.revoke_key else "grace")
-    (keys / "eve.bak").unlink()
+    for name in ("aaa", "eve.bak"):
+        (keys / name).write_text(f" {key}\n")
+        os.utime(keys / name, (time.time() + 9, time.time() + 9))
+    with open(keys / "large", "w") as file:
+        file.truncate(2**40)
+    assert credentials.keys_in(tmp_path).keys() == {"ada", "admin", "eve"}
     credentials.revoke_key(tmp_path, "eve")
     credentials.add_key(tmp_path, "grace")
-    assert {path.name for path in keys.iterdir()} == {"ada", "admin", "grace"}
+    assert {path.name for path in keys.iterdir()} == {"ada", "admin", "grace", "large"}
     assert key not in (tmp_path / "gateway" / "keys.conf").read_text()
 
     monkeypatch.setattr(credentials.os, "kill", lambda *signal: signals.append(signal))
