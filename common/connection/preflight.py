@@ -165,7 +165,8 @@ def _open_store(uri, experiment):
     import sqlalchemy  # here: only databases need the package
 
     try:
-        if not uri.startswith("sqlite"):  # MLflow would try for 100 s, and longer
+        # MLflow would try for 100 s, and longer. Only it knows what TLS to MySQL takes.
+        if not uri.startswith("sqlite") and "MLFLOW_MYSQL_SSL_" not in " ".join(os.environ):
             sqlalchemy.create_engine(uri).connect().close()
         return _look_up(experiment)
     except (ImportError, MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:

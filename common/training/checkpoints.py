@@ -145,18 +145,19 @@ class Checkpoint:
 
 def _keep_out_others(folder):
     """Let nobody else write in the folder; raise UserError if somebody else's files are there."""
-    hint, mode = "give another --checkpoint.", folder.stat().st_mode
-    if folder.stat().st_uid != os.getuid():
+    hint, here = "give another --checkpoint.", folder.stat()
+    if here.st_uid != os.getuid():
         raise UserError(f"{folder} belongs to another user.", hint)
     for path in folder.iterdir():
         state = path.lstat()
         if path.name not in ("lock", FILE, f"{FILE}.new"):
-            if mode & 0o022:  # then it is not for this alone
+            if here.st_mode & 0o022:  # then it is not for this alone
                 what = f"others may write in {folder}, which holds {path.name} as well."
                 raise UserError(what, f"chmod go-w {shlex.quote(str(folder))}, or {hint}")
         elif not stat.S_ISREG(state.st_mode) or (state.st_uid, state.st_nlink) != (os.getuid(), 1):
             raise UserError(f"{path} is no file of your own.", hint)
-    folder.chmod(stat.S_IMODE(mode) & ~0o022)
+    if here.st_mode & 0o022:
+        folder.chmod(stat.S_IMODE(here.st_mode) & ~0o022)
 
 
 def _locked(folder):
