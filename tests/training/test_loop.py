@@ -174,18 +174,21 @@ def test_a_step_takes_no_memory_from_the_kernel():
     """Without glibc's two settings, each step of 64 images has some thousand page faults."""
     code = (
         "import resource, torch; from common import training\n"
+        "faults = lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
         "n = training.MNISTCNN(); adam = torch.optim.Adam(n.parameters())\n"
-        "x, y = torch.zeros(64 * 8, 1, 28, 28, dtype=torch.uint8), torch.zeros(64 * 8).long()\n"
-        "part = training.Split(x, y, (), '', '')\n"
-        "for epoch in training.epochs(n, adam, part, part, 3, 64, 0):\n"
-        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+        "x, y = torch.zeros(6400, 1, 28, 28, dtype=torch.uint8), torch.zeros(6400).long()\n"
+        "part, few = training.Split(x, y, (), '', ''), training.Split(x[:9], y[:9], (), '', '')\n"
+        "faults()\n"
+        "for epoch in training.epochs(n, adam, part, few, 1, 64, 0):\n"
+        "    faults()"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(
         command, cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True
     )
-    _, second, third = map(int, done.stdout.split())
-    assert (third - second) / 8 < 500
+    print(done.stdout)
+    before, after = map(int, done.stdout.split())
+    assert (after - before) / 100 < 1500
 
 
 def test_device_that_is_not_there():
