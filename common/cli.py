@@ -147,8 +147,9 @@ def run(main):
     sys.excepthook = print_and_exit
     os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's may not be known here
     sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal or locale cannot show
-    if re.search("[\ud800-\udfff]", " ".join(sys.argv)):  # how Python shows such bytes
-        argparse.ArgumentParser().error("a value holds bytes that are no text in this locale")
+    names = [os.environ.get(name, "") for name in ("LOGNAME", "USER")]  # which MLflow logs
+    if re.search("[\ud800-\udfff]", " ".join([*sys.argv, *names])):  # how Python shows such bytes
+        argparse.ArgumentParser().error("a flag, LOGNAME or USER holds bytes that are no text")
     if not {"-h", "--help"} & set(sys.argv):
         check_packages()
         guard()

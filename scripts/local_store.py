@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import sqlite3
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -66,6 +67,8 @@ class LocalStore:
             found = all_pages(self.client.search_experiments)
         except (sqlite3.Error, ImportError, MlflowException) as error:
             text = " ".join(str(error).split())[:300]
+            if re.search("full|disk I/O", text):
+                hint = f"is there room in TMPDIR? It was being copied to {self.copy.parent}."
             raise UserError(f"the source {self.path} cannot be read: {text}.", hint) from error
         self.experiments = {experiment.experiment_id: experiment for experiment in found}
 

@@ -47,7 +47,12 @@ def open_storage(storage):
     shown = storage
     try:
         if "://" in storage:
-            shown = sqlalchemy.engine.make_url(storage).render_as_string()  # hides the password
+            url, own = map(sqlalchemy.engine.make_url, (storage, mlflow.get_tracking_uri()))
+            shown = url.render_as_string()  # hides the password
+            files = [os.path.realpath(of.database or "") for of in (url, own)]
+            if files[0] == files[1] and url.host == own.host:
+                # Optuna would add its tables, and take MLflow's version of them for its own.
+                raise OSError("it is MLflow's own store")
             return optuna.storages.RDBStorage(storage)
         if os.path.lexists(storage):  # Optuna would append to any file
             with open(storage, "rb") as file:

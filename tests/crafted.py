@@ -349,6 +349,29 @@ def tuples_of_one_tuple(folder, payload):
     rewrite(folder, replaced={"sample_inputs/model.pt": buffer.getvalue()})
 
 
+def with_key(folder, key):
+    """Example inputs that are a dict with one key, given as the pickle's operations."""
+    plain, changed = io.BytesIO(), io.BytesIO()
+    torch.save({}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            pickled = name.endswith("data.pkl")
+            new.writestr(name, b"\x80\x02}" + key + b"K\x01s." if pickled else old.read(name))
+    rewrite(folder, replaced={"sample_inputs/model.pt": changed.getvalue()})
+
+
+def key_of_tuples(folder, payload):
+    """Python walks through all of them for the key's hash, and through each as often as it stands
+    there: 2 ** 40 times."""
+    twice = (b"h%c\x86q%c" % (number - 1, number) for number in range(1, 41))
+    with_key(folder, b")q\x00" + b"".join(twice))
+
+
+def deep_key(folder, payload):
+    """Its hash takes more stack than a process has."""
+    with_key(folder, b")" + b"\x85" * 1_000_000)
+
+
 RUN = (
     *(size, guard, key_of_an_enum, default_of_a_dict, older_format, planted_code, file_is_made),
     *(key_of_an_example, line_break_in_a_size, line_break_in_a_guard, enum_in_a_context),
@@ -360,5 +383,5 @@ STOPPED = (
     *(declared_safe_by_others, graph_as_an_argument, weight_that_is_an_attribute),
     *(tensor_called_self, unchecked_index, expanding_settings, expanding_flavors),
     resources_from_a_file,
-    *(sparse_operation, sparse_layout, tuples_of_one_tuple),
+    *(sparse_operation, sparse_layout, tuples_of_one_tuple, key_of_tuples, deep_key),
 )

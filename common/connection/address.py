@@ -19,10 +19,11 @@ AMSC_TOKEN_URIS = (
     "https://mlflow-staging.american-science-cloud.org",
     "https://mlflow.ms.dev.american-science-cloud.org",
 )
+AMSC = {AMSC_URI: KEY} | dict.fromkeys(AMSC_TOKEN_URIS, TOKEN)  # what each server demands
 LOCAL_URI = "sqlite:///mlflow.db"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Of SQLite a file: a store in memory, or in no file, would be lost at the end.
-USABLE = re.compile(r"https?://|sqlite(\+\w+)?:///[^:?]|(postgresql|mysql|mssql)(\+\w+)?://")
+USABLE = re.compile(r"https?://|sqlite(\+\w+)?:///(?!file:)[^:?]|(postgre|my|ms)sql(\+\w+)?://")
 
 
 def address(tracking_uri=None):
@@ -115,8 +116,8 @@ def _check_variables(uri):
         try:
             variable = vars(mlflow.environment_variables).get(name)
             value = variable and variable.get()  # MLflow reads some only after the training
-            if name in FIRST_REQUESTS and not value >= name.endswith("TIMEOUT"):
-                raise ValueError(f"{value} is too small")
+            if name in FIRST_REQUESTS and not name.endswith("TIMEOUT") <= value < 1e6:
+                raise ValueError(f"{value} is too small or too large")
         except ValueError as error:
             raise UserError(f"{name} has an impossible value: {error}.", f"unset {name}") from error
 
@@ -136,8 +137,6 @@ def _check_proxy(uri):
     except ValueError:
         usable = False
     if not usable or (parts.scheme.startswith("socks") and not importlib.util.find_spec("socks")):
-        what = (
-            "the proxy that http_proxy, https_proxy or all_proxy names is no address of use here."
-        )
+        what = "the proxy in http_proxy, https_proxy or all_proxy is no address of use here."
         hint = "write %23 for a # in a password; for socks5://HOST:PORT, pip install pysocks"
         raise UserError(what, hint)

@@ -24,17 +24,9 @@ from mlflow.tracking.request_auth.abstract_request_auth_provider import RequestA
 from common.errors import UserError
 
 from . import undocumented
-from .address import (
-    AMSC_TOKEN_URIS,
-    AMSC_URI,
-    belongs_to_server,
-    keeps_secrets,
-    lie_elsewhere,
-    origin,
-)
+from .address import AMSC, belongs_to_server, keeps_secrets, lie_elsewhere, origin
 from .secret import KEY, TOKEN, check_header, secret, source, validity
 
-AMSC = {AMSC_URI: KEY} | dict.fromkeys(AMSC_TOKEN_URIS, TOKEN)  # what each server demands
 AUTH, NAME = "MLFLOW_TRACKING_AUTH", "x-api-key"  # the variable, and what it holds
 SECRETS = (KEY, TOKEN, "MLFLOW_TRACKING_PASSWORD")
 

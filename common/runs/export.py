@@ -74,9 +74,7 @@ def check_export(network, input_example):
     except (RuntimeError, TypeError, ValueError) as error:  # PyTorch's own are among these
         reason = str(error).strip().splitlines()[0][:200]
         what = f"the network {name} cannot be exported, so MLflow could not store it: {reason}"
-        hint = (
-            "`forward` takes one tensor of that type, returns one, and does not decide by values: "
-        )
+        hint = "`forward` takes one such tensor, returns one, and does not decide by values: "
         raise UserError(what, f"{hint}docs/adapt.md has more.") from error
     finally:
         network.train(training)

@@ -9,12 +9,8 @@ def confusion_matrix_figure(labels, predictions, class_names, title):
     counts = confusion_matrix(labels, predictions, labels=range(len(class_names)))
     figure = Figure(figsize=(7.5, 6.5), layout="constrained")
     display = ConfusionMatrixDisplay(counts, display_labels=class_names)
-    display.plot(
-        ax=figure.add_subplot(),
-        cmap="Blues",
-        values_format="d",
-        colorbar=False,
-        xticks_rotation=45 if max(map(len, class_names)) > 2 else "horizontal",
-    )
+    turned = 45 if max(map(len, class_names)) > 2 else "horizontal"
+    style = {"cmap": "Blues", "values_format": "d", "colorbar": False, "xticks_rotation": turned}
+    display.plot(ax=figure.add_subplot(), **style)
     display.ax_.set_title(title)
     return figure

@@ -63,7 +63,8 @@ def job_tags(earlier=None):
     tags = {"host": socket.gethostname()}
     job = tags["host"]
     for scheduler, variables in SCHEDULERS.items():
-        job_id, job_name = map(os.environ.get, variables)
+        job_id, job_name = (os.environ.get(name, "") for name in variables)
+        job_name = job_name.encode(errors="replace").decode()  # in another encoding: with ?
         if job_id and "job.id" not in tags:
             tags |= {"job.scheduler": scheduler, "job.id": job_id}
             tags |= {"job.name": job_name} if job_name else {}

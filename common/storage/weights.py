@@ -16,6 +16,10 @@ def load_weights(network, path):
     """Load the weights in the file `path` into `network`; the UserError names what differs."""
     state_dict = without_wrappers(read_weights(path), network)
     refuse(differences(network, state_dict), network, path)
+    own = {name: weight.dtype for name, weight in network.state_dict().items()}
+    types = {f"{t.dtype} to {own[name]}" for name, t in state_dict.items() if t.dtype != own[name]}
+    if types:
+        print(f"convert  {path}  {', '.join(sorted(types))}", flush=True)
     network.load_state_dict(state_dict)
     check_numbers(network, path)
 

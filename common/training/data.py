@@ -1,6 +1,5 @@
 """MNIST, Fashion-MNIST and the digits of scikit-learn, as tensors in memory (47 MB for MNIST)."""
 
-import contextlib
 import gzip
 import hashlib
 import os
@@ -53,16 +52,9 @@ def load_data(dataset, data_dir, train):
             good = os.path.isfile(file) and os.path.getsize(file) < LARGEST
             if os.path.lexists(file) and not good:  # others may have put it there
                 raise OSError(f"{file} is a pipe, a link to nothing, or much too large")
-        for file in files:  # packed, as somebody has copied them; not if a download was cut off
-            damaged = contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error)
+        for file in files:
             if os.path.isfile(f"{file}.gz") and not os.path.isfile(file):
-                with damaged, gzip.open(f"{file}.gz") as packed:
-                    content = packed.read(LARGEST)
-                    if content.startswith(b"\0\0\x08"):  # and is nothing else, to be shown here
-                        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as unpacked:
-                            unpacked.write(content)
-                        os.chmod(unpacked.name, 0o644)
-                        os.replace(unpacked.name, file)  # whole, also if two jobs do it at once
+                _unpack(file)
         if not all(map(os.path.isfile, files)):
             _download(cls, dataset, os.path.abspath(data_dir), folder)
         # The first two files are for training. `cls` would prefer what an old torchvision has left.
@@ -79,6 +71,20 @@ def load_data(dataset, data_dir, train):
         raise UserError(what, cure(error, hint)) from error
     class_names = [name.split(" - ")[0] for name in cls.classes]
     return Split(images, labels, class_names, cls.mirrors[0]).part(slice(None))
+
+
+def _unpack(file):
+    """Make `file` of the packed one that somebody has copied: whole, also if two jobs do it."""
+    try:
+        with gzip.open(f"{file}.gz") as packed:
+            content = packed.read(LARGEST)
+    except (EOFError, gzip.BadGzipFile, zlib.error):  # its download was cut off
+        return
+    if content.startswith(b"\0\0\x08"):  # and is nothing else, to be shown here
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(file), delete=False) as unpacked:
+            unpacked.write(content)
+        os.chmod(unpacked.name, 0o644)
+        os.replace(unpacked.name, file)
 
 
 def _load_digits(train):

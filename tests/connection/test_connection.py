@@ -491,6 +491,18 @@ def test_answer_that_comes_byte_by_byte(server, user):
 
 
 @pytest.mark.slow
+def test_answer_that_is_too_large(server, user):
+    """Only files may have more than 256 MB; this one would be read into memory as a whole."""
+    with Gateway(server, None) as box:
+        user(MLFLOW_TRACKING_URI=box.uri)
+        connection.connect()
+        box.fault = (200, {"Content-Type": "application/json"}, b"{}" + b" " * 2**28)
+        with pytest.raises(MlflowException) as raised:
+            mlflow.MlflowClient().search_runs(["0"])
+    assert connection.diagnose(raised.value).kind == "web_page"
+
+
+@pytest.mark.slow
 def test_check_of_the_clock(box, box_variables, tmp_path):
     box.clock_lead, box.body_limit = 1000, 1_500_000
     finished = run(CHECK, cwd=tmp_path, code=28, **box_variables)

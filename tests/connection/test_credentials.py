@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -328,6 +329,13 @@ def alone(tmp_path):
     return folder.parent
 
 
+def read_terminal(terminal):
+    try:
+        return os.read(terminal, 2**16)
+    except OSError:  # how Linux says that the other end is closed
+        return b""
+
+
 @pytest.mark.slow
 def test_mlflow_command_with_the_credentials(alone, box, box_variables, server):
     mlflow.MlflowClient(server).create_run("0")
@@ -337,6 +345,16 @@ def test_mlflow_command_with_the_credentials(alone, box, box_variables, server):
     assert box.requests and all(r.headers.get("x-api-key") == KEY for r in box.requests)
     wrong = command(alone, "runs", "describe", "--run-id", "0" * 32, code=1, **box_variables)
     assert "and says: " in wrong.stderr and "Traceback" not in wrong.stderr
+    # On a terminal, what others have written is not obeyed.
+    mlflow.MlflowClient(server).create_run("0", run_name="x\x1b]0;taken\x07y")
+    terminal, other = pty.openpty()
+    asked = [sys.executable, "-m", "common.connection", "runs", "list", "--experiment-id", "0"]
+    variables = clean_environment(**box_variables)
+    with subprocess.Popen(asked, cwd=alone, env=variables, stdout=other) as process:
+        os.close(other)
+        shown = b"".join(iter(lambda: read_terminal(terminal), b""))
+    assert process.returncode == 0
+    assert b"x y" in shown and b"\x1b" not in shown and b"\x07" not in shown
     box.die()
     away = command(alone, "runs", "list", "--experiment-id", "0", code=75, **box_variables)
     assert "error: no server answers at" in away.stderr

@@ -192,7 +192,7 @@ def test_database_that_is_away(answers, words, user):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("MLFLOW_HTTP_REQUEST_TIMEOUT", value) for value in ("", "soon", "0", "-1")),
+        *(("MLFLOW_HTTP_REQUEST_TIMEOUT", value) for value in ("", "soon", "0", "-1", "9" * 20)),
         *(("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "-1"), ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1e9")),
         ("MLFLOW_TRACKING_INSECURE_TLS", "perhaps"),
         ("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "often"),  # read after the run has begun

@@ -12,6 +12,7 @@ from test_credentials import OWN, sent_to
 
 from common import connection
 from common.connection import secret
+from common.connection.address import AMSC_TOKEN_URIS
 from common.errors import UserError
 
 HOUR, CHECK = 3600, "scripts/check_connection.py"
@@ -171,7 +172,7 @@ def test_token_without_an_address(name, key, user):
 def test_amsc_server_that_wants_a_token(key, user):
     """A key alone is sent there, in case that the server takes it."""
     user(**key)
-    mlflow.set_tracking_uri(connection.address(connection.credentials.AMSC_TOKEN_URIS[0])[0])
+    mlflow.set_tracking_uri(connection.address(AMSC_TOKEN_URIS[0])[0])
     if key:
         assert connection.credential() == "X-Api-Key from AM_SC_API_KEY"
         return

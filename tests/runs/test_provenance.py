@@ -107,6 +107,13 @@ def test_checkout_that_git_does_not_trust(checkout, monkeypatch, capsys):
     assert said.count("\n") == 1
 
 
+def test_name_of_a_job_in_another_encoding(monkeypatch):
+    for variable, value in (("SLURM_JOB_ID", "7"), ("SLURM_JOB_NAME", "gr\udcf6\udcdfe")):
+        monkeypatch.setenv(variable, value)
+    tags = runs.job_tags()
+    assert (tags["job.id"], tags["job.name"], tags["jobs"]) == ("7", "gr??e", "slurm 7")
+
+
 def test_user_without_a_name(monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)

@@ -98,6 +98,12 @@ def test_bad_value_is_a_usage_error_that_names_it(script, flag, value, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag, name", [("d\udce9part", "x"), ("x", "Andr\udce9")])
+def test_bytes_that_are_no_text_are_a_usage_error(flag, name, tmp_path):
+    finished = run(SCRIPTS[0], "--note", flag, cwd=tmp_path, code=2, LOGNAME=name)
+    assert finished.err.endswith("a flag, LOGNAME or USER holds bytes that are no text\n")
+
+
 def test_names_that_mlflow_refuses(capsys):
     """Or that a database has no space for."""
     for flag, value in (

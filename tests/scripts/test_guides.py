@@ -585,6 +585,11 @@ def test_an_interrupted_study_goes_on_and_prunes(prefork, tmp_path):
     assert len(set(rates)) == len(rates) >= 6
     bad = here.type(f"{TUNE} --dataset digits --storage /no/such/folder/study.log", code=1)
     assert "the study cannot be kept in" in bad.error
+    for own in ("mlflow.db", "../" + tmp_path.name + "/mlflow.db"):  # Optuna's tables in it?
+        before = (tmp_path / "mlflow.db").read_bytes()
+        bad = here.type(f"{TUNE} --dataset digits --storage sqlite:///{own}", code=1)
+        assert "it is MLflow's own store" in bad.error
+        assert (tmp_path / "mlflow.db").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
@@ -24,6 +25,8 @@ from conftest import run as run_script
 from gateway import Gateway
 
 from common import storage
+from common.errors import UserError
+from scripts import local_store
 
 PUBLISH = "scripts/publish.py --source 'sqlite:///../a job/mlflow.db'"  # from a folder beside it
 PARENT = "mlflow.parentRunId"
@@ -740,6 +743,18 @@ def test_what_is_wrong_is_said(flags, words, small, prefork, tmp_path):
     assert words in ended.error and "\nhint:  " in ended.error and "Traceback" not in ended.err
     made = set(contents(folder)) - {"0.out", "0.err"}
     assert {name: contents(folder)[name] for name in made} == before
+
+
+def test_no_room_for_the_copy(small, tmp_path):
+    """A limit on the size of a file stands for a full filesystem."""
+    store = local_store.LocalStore(f"sqlite:///{small}/mlflow.db", tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"\nhint:  is there room in TMPDIR\\?.* {tmp_path}"):
+            store.read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_an_alias_belongs_to_a_registered_model(tmp_path):

@@ -156,6 +156,16 @@ def test_forms_of_a_state_dict(form, tmp_path):
         assert all(torch.equal(value, network.state_dict()[key]) for network in networks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32, torch.bool])
+def test_numbers_of_another_type_are_converted_and_that_is_said(dtype, tmp_path, capsys):
+    state = MNISTCNN().state_dict() | {"fc2.bias": torch.ones(10, dtype=dtype)}
+    torch.save(state, tmp_path / "weights.pth")
+    load_weights(network := MNISTCNN(), tmp_path / "weights.pth")
+    assert torch.equal(network.fc2.bias, torch.ones(10))
+    said = f"convert  {tmp_path}/weights.pth  {dtype} to torch.float32\n"
+    assert capsys.readouterr().out == said
+
+
 @pytest.mark.timeout(60)
 def test_very_many_names(tmp_path):
     torch.save({f"{i}.conv1.weight": torch.zeros(1) for i in range(30_000)}, tmp_path / "w.pth")
