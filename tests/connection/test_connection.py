@@ -4,6 +4,7 @@ A fault that is there from the start ends every script before it does any work; 
 the middle ends the run as FAILED. scripts/check_connection.py tells them apart one by one.
 """
 
+import functools
 import os
 import re
 import select
@@ -77,6 +78,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def check(prefork, tmp_path):
+    """Runs check_connection.py, forked from a process that has imported MLflow."""
+    return functools.partial(run, CHECK, cwd=tmp_path, timeout=SECONDS, prefork=prefork)
+
+
 def break_down(box, fault):
     box.die() if fault == "down" else setattr(box, "fault", fault)
 
@@ -124,9 +131,9 @@ def test_fault_has_its_kind_and_code(
 @pytest.mark.parametrize(
     ("fault", "code", "words"), [(fault, code, words) for fault, _, _, code, words in FAULTS]
 )
-def test_check_names_each_fault(fault, code, words, box, box_variables, tmp_path):
+def test_check_names_each_fault(fault, code, words, box, box_variables, check):
     break_down(box, fault)
-    finished = run(CHECK, cwd=tmp_path, code=code, timeout=SECONDS, **box_variables)
+    finished = check(code=code, **box_variables)
     assert words in finished.error and "Traceback" not in finished.err
     assert finished.result["exit_code"] == code
     assert words in finished.result["failures"][0]
@@ -136,12 +143,12 @@ def test_check_names_each_fault(fault, code, words, box, box_variables, tmp_path
 
 
 @pytest.mark.slow
-def test_short_trouble_is_waited_out(box, box_variables, tmp_path):
+def test_short_trouble_is_waited_out(box, box_variables, check):
     """And then an answer: a batch job does not die of that."""
     left = iter(range(2))
     box.fault, box.fault_on = "503", lambda method, path: next(left, None) is not None
     box.body_limit = 1_500_000
-    assert "granted" in run(CHECK, cwd=tmp_path, **box_variables).out
+    assert "granted" in check(**box_variables).out
     assert [r.status for r in box.requests[:3]] == [503, 503, 200]
 
 
@@ -162,7 +169,9 @@ def artifact_put(method, path):
         ("413", 1, "Modify_artifact_location.py"),
     ],
 )
-def test_fault_at_the_upload_fails_the_run(fault, code, words, box, box_variables, server, folder):
+def test_fault_at_the_upload_fails_the_run(
+    fault, code, words, box, box_variables, server, prefork, folder
+):
     """Of the model or of what comes before it: one message, and the run says FAILED."""
     if fault == "413":
         box.body_limit = 1_000_000
@@ -174,6 +183,7 @@ def test_fault_at_the_upload_fails_the_run(fault, code, words, box, box_variable
         *(*arguments, "--model_name", f"NEVER_{fault}"),
         code=code,
         cwd=folder,
+        prefork=prefork,
         MLFLOW_HTTP_REQUEST_MAX_RETRIES="1",  # a user's own choice; by default minutes
         **box_variables,
     )
@@ -292,7 +302,7 @@ def test_key_is_renewed_during_a_run(box, box_variables, server, tmp_path):
         pytest.param("a pipe", 0o600, "it is not a file", marks=pytest.mark.slow),
     ],
 )
-def test_key_file_that_cannot_be_used(content, mode, words, box, box_variables, tmp_path):
+def test_key_file_that_cannot_be_used(content, mode, words, box, box_variables, check, tmp_path):
     key_file = tmp_path / "key"
     if content == "a pipe":  # which nobody will ever write into
         os.mkfifo(key_file, mode)
@@ -300,7 +310,7 @@ def test_key_file_that_cannot_be_used(content, mode, words, box, box_variables, 
         key_file.write_text(content)
         key_file.chmod(mode)
     variables = box_variables | {"AM_SC_API_KEY_FILE": str(key_file)}
-    finished = run(CHECK, cwd=tmp_path, code=11, **variables)
+    finished = check(code=11, **variables)
     assert words in finished.error
     assert KEY not in finished.out + finished.err
     assert box.requests == []
@@ -338,7 +348,7 @@ def test_key_alone_chooses_the_amsc_server(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_bearer_token(box, box_variables, tmp_path):
+def test_bearer_token(box, box_variables, check, tmp_path):
     """In place of the key; what was used is said, its value is not."""
     token = "bearer-token-0123456789"
     box.key, box.token = "another key", token
@@ -354,11 +364,11 @@ def test_bearer_token(box, box_variables, tmp_path):
     assert {r.headers.get("authorization") for r in box.requests} == {f"Bearer {token}"}
     assert not [r for r in box.requests if "x-api-key" in r.headers]
     box.token = "renewed"
-    refused = run(CHECK, cwd=tmp_path, code=20, **variables)
+    refused = check(code=20, **variables)
     assert "sent: bearer token" in refused.error
     assert token not in finished.out + finished.err + refused.out + refused.err
     variables["MLFLOW_TRACKING_TOKEN"] = token.replace("-", " ")
-    refused = run(CHECK, cwd=tmp_path, code=11, **variables)
+    refused = check(code=11, **variables)
     assert "MLFLOW_TRACKING_TOKEN holds a space" in refused.error
     assert "0123456789" not in refused.out + refused.err
 
@@ -418,10 +428,10 @@ def test_check_finds_all_well_and_cleans_up(box, box_variables, leftovers, serve
         ("/experiments/delete", 33, "clean_up", True),
     ],
 )
-def test_check_of_each_permission(path, code, name, goes_on, box, box_variables, tmp_path):
+def test_check_of_each_permission(path, code, name, goes_on, box, box_variables, check):
     box.fault, box.fault_on = "403", lambda method, requested: path in requested
     box.body_limit = 1_500_000
-    finished = run(CHECK, cwd=tmp_path, code=code, **box_variables)
+    finished = check(code=code, **box_variables)
     assert finished.result[name] == f"FAILED, exit code {code}"
     assert "forbids the request (error 403)" in finished.error
     assert ("multipart" in finished.result) == goes_on
@@ -431,20 +441,20 @@ def test_check_of_each_permission(path, code, name, goes_on, box, box_variables,
 
 
 @pytest.mark.slow
-def test_check_deletes_what_it_was_told_it_could_not_make(box, box_variables, leftovers, tmp_path):
+def test_check_deletes_what_it_was_told_it_could_not_make(box, box_variables, leftovers, check):
     """A gateway gives up on an answer, and the server has made the experiment all the same."""
     before = leftovers()
     box.fault, box.fault_on = "late", lambda method, path: "experiments/create" in path
-    run(CHECK, cwd=tmp_path, code=25, **box_variables)
+    check(code=25, **box_variables)
     assert leftovers() == before
 
 
 @pytest.mark.slow
-def test_details_that_a_gateway_hides_do_not_fail_the_check(box, box_variables, tmp_path):
+def test_details_that_a_gateway_hides_do_not_fail_the_check(box, box_variables, check):
     box.fault = "login"
     box.fault_on = lambda method, path: path == "/version"
     box.body_limit = 1_500_000
-    found = run(CHECK, cwd=tmp_path, **box_variables).result
+    found = check(**box_variables).result
     assert found["versions"].startswith("server MLflow of unknown version")
     assert found["multipart"] == "not offered by the server"
 
@@ -503,9 +513,9 @@ def test_answer_that_is_too_large(server, user):
 
 
 @pytest.mark.slow
-def test_check_of_the_clock(box, box_variables, tmp_path):
+def test_check_of_the_clock(box, box_variables, check):
     box.clock_lead, box.body_limit = 1000, 1_500_000
-    finished = run(CHECK, cwd=tmp_path, code=28, **box_variables)
+    finished = check(code=28, **box_variables)
     assert re.search(r"clock and the server's differ by (99\d|100\d) s", finished.error)
     assert "registry" in finished.result, "the rest is checked all the same"
 
@@ -527,11 +537,13 @@ def test_check_of_the_clock(box, box_variables, tmp_path):
         ({"MLFLOW_TRACKING_INSECURE_TLS": "yes"}, 10, "has an impossible value"),
     ],
 )
-def test_check_of_what_the_user_has_set(variables, code, words, box, box_variables, tmp_path):
+def test_check_of_what_the_user_has_set(
+    variables, code, words, box, box_variables, check, tmp_path
+):
     settings = {k: v for k, v in (box_variables | variables).items() if v}
     if variables == {"MLFLOW_TRACKING_URI": ""}:
         del settings["AM_SC_API_KEY"]
-    finished = run(CHECK, cwd=tmp_path, code=code, timeout=SECONDS, **settings)
+    finished = check(code=code, **settings)
     assert words in finished.error
     if code == 15 and words.endswith("connection"):
         assert "signed by Test Institute" in finished.result["tls"]
@@ -576,7 +588,7 @@ class Tunnel(BaseHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_through_a_proxy(box, box_variables, tmp_path):
+def test_through_a_proxy(box, box_variables, check):
     """Whose password is not shown; the certificate that is looked at is the server's."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Tunnel) as proxy:
         proxy.asked, proxy.daemon_threads = [], True
@@ -584,7 +596,7 @@ def test_through_a_proxy(box, box_variables, tmp_path):
         address = f"127.0.0.1:{proxy.server_port}"
         variables = box_variables | {"https_proxy": f"http://me:pa55word@{address}"}
         box.body_limit = 1_500_000
-        finished = run(CHECK, cwd=tmp_path, **variables)
+        finished = check(**variables)
         proxy.shutdown()
     assert finished.result["proxy"] == f"http://{address}  (set: https_proxy)"
     assert finished.result["tcp"].startswith(f"127.0.0.1 port {proxy.server_port}, ")

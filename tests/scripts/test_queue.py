@@ -246,13 +246,13 @@ def test_answers_that_are_lost_after_the_server_acted(script, gateway, server, p
 
 
 @pytest.mark.slow
-def test_only_the_same_training_goes_on(local, server, tmp_path):
+def test_only_the_same_training_goes_on(local, server, prefork, tmp_path):
     """Other settings, another server, a run that was deleted, a second job: two lines each."""
     flags = ("--dataset", "digits", "--batch_size", "512", "--checkpoint", tmp_path / "kept")
     flags += ("--tracking_uri", server, "--experiment", "same")
-    result = run(TRAIN, *flags, cwd=tmp_path).result
+    where = {"cwd": tmp_path, "prefork": prefork}
+    result = run(TRAIN, *flags, **where).result
     before = (tmp_path / "kept" / "training.pt").read_bytes()
-    where = {"cwd": tmp_path}
     assert "epochs was 1 and is 2" in fails(TRAIN, *flags, "--epochs", "2", **where)
     error = fails(TRAIN, *flags, "--tracking_uri", "sqlite:///other.db", **where)
     assert f"tracking_uri was '{server}' and is 'sqlite:///other.db'" in error
@@ -261,7 +261,7 @@ def test_only_the_same_training_goes_on(local, server, tmp_path):
     assert "the run of this training was deleted" in error
     assert f"mlflow runs restore --run-id {result['run_id']}" in error
     mlflow.MlflowClient(server).restore_run(result["run_id"])
-    assert run(TRAIN, *flags, cwd=tmp_path).result == result
+    assert run(TRAIN, *flags, **where).result == result
     assert (tmp_path / "kept" / "training.pt").read_bytes() == before
 
     endless = ("--epochs", "1000", "--checkpoint", str(tmp_path / "used"))
