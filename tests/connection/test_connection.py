@@ -478,13 +478,14 @@ def test_server_on_this_machine_is_not_reached_through_a_proxy(server, tmp_path)
 def test_answer_that_comes_byte_by_byte(server, user):
     """The time limit of each request begins anew with each byte; below 1 kB/s it does not."""
     with Gateway(server, None) as box:
-        user(MLFLOW_TRACKING_URI=box.uri, MLFLOW_HTTP_REQUEST_TIMEOUT="2")
+        user(MLFLOW_TRACKING_URI=box.uri)
         connection.connect()
         with mlflow.start_run() as run:
             mlflow.log_text("weights " * 200_000, "large.txt")
         path = mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/large.txt")
         assert Path(path).stat().st_size == 1_600_000, "in many pieces"
         box.fault = "drip"
+        user(MLFLOW_HTTP_REQUEST_TIMEOUT="2")
         asks = (
             lambda: mlflow.MlflowClient().search_runs([run.info.experiment_id]),
             lambda: mlflow.artifacts.download_artifacts(f"{run.info.artifact_uri}/large.txt"),
@@ -493,7 +494,7 @@ def test_answer_that_comes_byte_by_byte(server, user):
             start = time.monotonic()
             with pytest.raises(MlflowException) as raised:
                 ask()
-            assert time.monotonic() - start < 60
+            assert time.monotonic() - start < SECONDS
             failure = connection.diagnose(raised.value)
             assert failure.kind == "timeout" and failure.code == 75
             assert re.search(r"in time: \d+ bytes of an answer in \d+ s", str(failure))
