@@ -180,9 +180,6 @@ def say_imports():
 
 
 def print_result(**values):
-    """Print one JSON object as the last line of stdout, which a job reads with `tail -n 1`.
-
-    NaN and infinity, which JSON does not have, become null.
-    """
+    """Print one JSON object, NaN as null, as the last line of stdout: for `tail -n 1` in a job."""
     finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
     print(json.dumps(finite), flush=True)

@@ -41,8 +41,10 @@ def address(tracking_uri=None):
 
 
 def printable(uri):
-    """Return the address without its secrets: passwords stand before the @ or in the query."""
-    return re.split("[?#]", re.sub(r"(?<=://)[^/@]*(:[^@]*)?@", "", uri))[0]
+    """Return the address without its secrets; with "..." if nobody can tell where one ends."""
+    if found := re.match("(.*?://)([^/@]*:.*|[^/]*)@(.*)", uri, re.DOTALL):
+        uri = found[1] + ("..." if set("@?#") & set(found[2]) else found[3])
+    return re.split("[?#]", uri)[0]
 
 
 def proxy_of(uri):
@@ -133,7 +135,7 @@ def _check_proxy(uri):
         return
     try:
         parts = urlsplit(proxy)
-        usable = parts.hostname and parts.scheme and (parts.port or 1)
+        usable = parts.hostname and re.match("https?$|socks", parts.scheme) and (parts.port or 1)
     except ValueError:
         usable = False
     if not usable or (parts.scheme.startswith("socks") and not importlib.util.find_spec("socks")):

@@ -7,15 +7,14 @@ names. Here that is `CREDENTIALS`: it sees where the request goes, and so decide
 import base64
 import collections
 import functools
-import html
 import io
-import json
 import logging
 import math
 import os
+import re
 import sys
 import time
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import mlflow
 import requests
@@ -110,7 +109,9 @@ class Credentials(RequestAuthProvider, requests.auth.AuthBase):
             return None
         answer = undocumented.json_of(response)
         # Newer servers answer an upload by an empty 200; redirects and errors are MLflow's to tell.
-        known = isinstance(answer, dict) or response.status_code >= 300
+        code = answer.get("error_code", "") if isinstance(answer, dict) else ""
+        known = isinstance(answer, dict) and code == ""
+        known |= response.status_code >= 300 and isinstance(code, str)
         known |= "/mlflow-artifacts/" in path and (response.status_code, response.text) == (200, "")
         if "/api/" in path and "/mlflow" in path and not known:
             raise requests.exceptions.ContentDecodingError(undocumented.NOT_JSON)
@@ -178,9 +179,14 @@ def without_secrets(text):
     values.append(base64.b64encode(f"{user}:{values[-1]}".encode()).decode() if user else "")
     for value in map(str.strip, values):
         if len(value) > 5:  # a shorter one protects nothing, and stands in many words
-            for written in (value, html.escape(value), json.dumps(value)[1:-1], quote(value, "")):
-                text = text.replace(written, "<secret>")
+            text = re.sub("".join(map(_written, value)), "<secret>", text, flags=re.IGNORECASE)
     return text
+
+
+def _written(sign):
+    """Return a pattern of what a sign can be in JSON, HTML and addresses."""
+    coded = rf"(%|&#x0*|\\u00){ord(sign):x};?|&(#0*{ord(sign)}|[a-z]+);"
+    return sign if sign.isalnum() else rf"(\\?{re.escape(sign)}|{coded})"
 
 
 def _strike_out(record):

@@ -106,9 +106,9 @@ def diagnose(error):
 
 
 def _failure(kind, code=None, **words):
-    words |= {"address": printable(mlflow.get_tracking_uri())}
-    workspace = os.environ.get("MLFLOW_WORKSPACE")
-    words |= {"workspace": workspace, "experiment": quote(CREDENTIALS.experiment or "")}
+    address, workspace = printable(mlflow.get_tracking_uri()), os.environ.get("MLFLOW_WORKSPACE")
+    words |= {"address": address, "workspace": workspace}
+    words |= {"experiment": quote(CREDENTIALS.experiment or "")}
     words |= {"role": f", or for a role in the workspace {workspace}" if workspace else ""}
     what, hint = (line.format(**words) for line in MESSAGES[kind].split("\n"))
     return Failure(what, hint, code or (TRY_AGAIN if kind in LATER else 1), kind)

@@ -29,12 +29,11 @@ def connect(tracking_uri=None, ca_bundle=None, experiment=None, workspace=None):
     """Point MLflow at the server; make sure that it is there, trusted, and accepts key or token.
 
     The address is `tracking_uri`, else MLFLOW_TRACKING_URI, else the AmSC server if there is an API
-    key, else a local SQLite file. The first line printed says which, and why. The workspace, on
-    servers that have them, is `workspace`, else MLFLOW_WORKSPACE, else the server's default.
+    key, else a local SQLite file; the workspace is `workspace`, else MLFLOW_WORKSPACE, else the
+    server's default. The first line printed says which, and why.
 
-    Raises UserError, also if `experiment` was deleted or keeps its artifacts on another server, or
-    if the server is too old; and within 15 seconds what MLflow raises if it fails (`diagnose` makes
-    two lines of that).
+    Raises UserError, also if `experiment` was deleted or keeps its artifacts elsewhere; and within
+    15 seconds what MLflow raises if the server fails (`diagnose` makes two lines of that).
     """
     uri, reason = address(tracking_uri)
     settle(workspace)

@@ -106,8 +106,7 @@ def check_model(path, name=None):
         what = f"the model {name or path} may run code when it is loaded: {reason(error)}."
         hint = "have its author train it again with a script of this project"
         if (path / "data" / "model.pth").exists():  # a pickle, as MLflow stores it
-            hint += ". To run it, as you and with your keys: export "
-            hint += "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true"
+            hint += ". To run it, as you: export MLFLOW_ALLOW_PICKLE_DESERIALIZATION=true"
         raise UserError(what, f"{hint} (docs/troubleshooting.md has more).") from error
 
 

@@ -211,6 +211,11 @@ LOST = [
     ((200, {"Content-Type": "text/plain"}, b"Please sign in"), "web_page"),
     ((201, {"Content-Type": "application/json"}, b'["quota exceeded"]'), "web_page"),
     ((204, {}, b""), "web_page"),
+    (
+        (200, {"Content-Type": "application/json"}, b'{"error_code": "X", "message": "no"}'),
+        "web_page",
+    ),
+    ((400, {"Content-Type": "application/json"}, b'{"error_code": ["X"]}'), "web_page"),
 ]
 
 

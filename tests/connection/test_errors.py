@@ -94,7 +94,12 @@ def test_address_of_no_server(uri, tmp_path):
     [
         ("postgresql:///db?user=me&password=pa55", "postgresql:///db"),
         ("postgresql://?password=pa55", "postgresql://"),
-        ("postgresql+psycopg://me:pa/5?5@host:5432/db?x#y", "postgresql+psycopg://host:5432/db"),
+        ("postgresql+psycopg://me:pa/55@host:5432/db?x#y", "postgresql+psycopg://host:5432/db"),
+        ("postgresql://me:pa/5?5@host:5432/db?x#y", "postgresql://..."),
+        ("postgresql://me:pa@55@host/db", "postgresql://..."),
+        ("postgresql://host:5432/db?password=pa@55", "postgresql://..."),
+        ("postgresql://me:p@5?a=b@55@host", "postgresql://..."),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
         ("https://me:pa55@host/path?key=pa55#pa55", "https://host/path"),
         ("sqlite:////home/me@work/mlflow.db?key=pa55", "sqlite:////home/me@work/mlflow.db"),
         ("sqlite+pysqlcipher://:pa55@/mlflow.db", "sqlite+pysqlcipher:///mlflow.db"),

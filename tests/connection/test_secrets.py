@@ -213,9 +213,15 @@ def test_what_servers_repeat_is_struck_out(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pa55word")
     text = "first&key-0123 first&amp;key-0123 second-key-0123 pa55word Basic bWU6cGE1NXdvcmQ= seen"
-    text += " first%26key-0123"
     shown = connection.without_secrets(text)
-    assert shown == "<secret> <secret> <secret> <secret> Basic <secret> seen <secret>"
+    assert shown == "<secret> <secret> <secret> <secret> Basic <secret> seen"
+    send("aB3/xY+z9Qw/12==")
+    for again in (
+        *("aB3/xY%2Bz9Qw/12%3D%3D", "aB3%2fxY%2bz9Qw%2f12==", r"aB3\/xY+z9Qw\/12=="),
+        *("aB3&#x2F;xY&#43;z9Qw&sol;12&equals;=", r"aB3\u002FxY\u002bz9Qw/12\u003d\u003D"),
+    ):
+        assert connection.without_secrets(f"key={again}.") == "key=<secret>."
+    assert connection.without_secrets("aB3/xY-z9Qw/12==") == "aB3/xY-z9Qw/12=="
     send("e")
     assert connection.without_secrets("these") == "these"
 
