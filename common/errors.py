@@ -1,6 +1,7 @@
 """The one exception for what a user can fix, how it is printed, and checks that raise it."""
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -95,7 +96,12 @@ def print_and_exit(kind, error, trace):
 
 
 def check_packages():
-    """Raise UserError if a package is missing or too old, before anything heavy is imported."""
+    """Raise UserError if a package is missing or too old, or MLflow could not be imported."""
+    level = (os.environ.get("MLFLOW_LOGGING_LEVEL") or "INFO").upper()
+    switch = os.environ.get("MLFLOW_CONFIGURE_LOGGING", "1").lower()
+    if type(logging.getLevelName(level)) is not int or switch not in ("0", "1", "false", "true"):
+        what = "MLFLOW_LOGGING_LEVEL or MLFLOW_CONFIGURE_LOGGING has an impossible value."
+        raise UserError(what, "unset MLFLOW_LOGGING_LEVEL MLFLOW_CONFIGURE_LOGGING")
     for name, needed in NEEDED.items():
         found = version(name)
         if found and [int(n) for n in re.findall(r"\d+", found)[:2]] < needed:

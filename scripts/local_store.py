@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import re
 import sqlite3
 from pathlib import Path
@@ -84,7 +85,9 @@ class LocalStore:
             with contextlib.suppress(ImportError, OSError):
                 import fcntl
 
-                lock = stack.enter_context(open(f"{self.path}.publishing", "ab"))
+                how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # others may plant one
+                lock = os.open(f"{self.path}.publishing", how, 0o666)
+                stack.callback(os.close, lock)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

@@ -91,9 +91,14 @@ def missing_inputs(run, there):
 def send_files(local, server, run, there):
     """Send the files of `run` that the server does not have; return how many these were."""
     folder, run_id = local.folder(run.info.artifact_uri), there.info.run_id
+    own = own_location(local.experiments[run.info.experiment_id])
+    # A run without files has no folder; with others, what is above it is there.
+    above = folder.parents[1 if own else 2]  # --target_path, or `mlruns`
+    if not above.exists():
+        say_missing(above)
     # log_artifact: a file in the tab "Artifacts".
     upload = functools.partial(server.log_artifact, run_id)
-    if own_location(local.experiments[run.info.experiment_id]):
+    if own:
         upload = linking(storage.path_of(there.info.artifact_uri))
     # A run that was continued may have written to its files again.
     since = int(there.data.tags.get(END_TAG, end_of(run)))
@@ -101,16 +106,32 @@ def send_files(local, server, run, there):
     return send(missing_files(files_in(folder), listing, since), upload)
 
 
+@functools.cache  # once, and not for each run
+def say_missing(folder):
+    print(f"files    none: there is no {folder}; when it is back, --run_id ID sends them")
+
+
 def files_in(folder):
-    """Return {name: path} of all files in a folder and below."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): path for path in paths}
-    for name, path in files.items():
-        # MLflow puts a name into the address as it is: `a#1` and `a#2` would both become `a`.
-        if set("#?%") & set(name) or not name.isprintable() or path.is_symlink():
-            what = f"{path} is a link, or its name holds one of # ? %, or is not printable"
-            hint = "rename it, or put the file there itself; none of its run's files was sent."
-            raise UserError(f"{what}: it would not arrive.", hint)
+    """Return {name: path} of all files in a folder and below. UserError if one cannot be sent."""
+    files, hint = {}, "rename it, or put the file there itself; none of its run's files was sent."
+
+    def stop(error):
+        raise error
+
+    try:
+        found = [] if folder.is_symlink() or not folder.exists() else os.walk(folder, onerror=stop)
+        paths = [Path(here, name) for here, *names in found for name in (*names[0], *names[1])]
+        for path in [folder] * folder.is_symlink() + sorted(paths):
+            # MLflow puts a name into the address as it is: `a#1` and `a#2` would both become `a`.
+            odd = set("#?%") & set(path.name) or not path.name.isprintable() or path.is_symlink()
+            if odd or not (path.is_file() or path.is_dir()):
+                what = f"{path} is a link or no file, or its name holds one of # ? %, or is odd"
+                raise UserError(f"{what}: it would not arrive.", hint)
+            if path.is_file():
+                files[path.relative_to(folder).as_posix()] = path
+    except OSError as error:
+        what = f"{error.filename} cannot be read: {error.strerror}."
+        raise UserError(what, "ask its owner; none of its run's files was sent.") from error
     return files
 
 

@@ -102,15 +102,15 @@ def send_model_files(local, server, model, twin, run, there):
     listing = functools.partial(server.list_logged_model_artifacts, twin.model_id)
     with tempfile.TemporaryDirectory() as parent:
         if "MLmodel" in files:  # which names the model, its run and its place
-            text = files["MLmodel"].read_text("utf-8")
+            text = files["MLmodel"].read_bytes()
             for old, new in (
                 (model.artifact_location, twin.artifact_location),
                 (model.model_id, twin.model_id),
                 (run.info.run_id, there.info.run_id),
             ):
-                text = text.replace(old, new)
+                text = text.replace(old.encode(), new.encode())
             files["MLmodel"] = Path(parent, "MLmodel")
-            files["MLmodel"].write_text(text, "utf-8")
+            files["MLmodel"].write_bytes(text)
         publishing.send(publishing.missing_files(files, listing), upload)
 
 

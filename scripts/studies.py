@@ -15,6 +15,8 @@ from mlflow.exceptions import MlflowException
 
 from common.errors import UserError
 
+FAILURES = (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, RuntimeError)
+
 
 def join(storage, name, settings):
     """Return (the study, the id of its parent run, or None if this process has to start that run).
@@ -42,11 +44,23 @@ def join(storage, name, settings):
     return study, study.user_attrs.get("parent_run_id")
 
 
+def check_parent(run, experiment, name):
+    """Raise UserError unless `run`, the parent of the study `name`, is in this experiment."""
+    if run.info.lifecycle_stage == "deleted":
+        what = f"the run {run.info.run_id} of the study {name!r} was deleted."
+        raise UserError(what, f"mlflow runs restore --run-id {run.info.run_id}, or another --study")
+    if run.info.experiment_id != experiment.experiment_id:
+        own = mlflow.get_experiment(run.info.experiment_id).name
+        what = f"the study {name!r} belongs to the experiment {own!r}."
+        raise UserError(what, "give it as --experiment; or another --study, or --storage.")
+
+
 def open_storage(storage):
     """Return Optuna's storage: a database, or a log file, which a shared filesystem can hold."""
     shown = storage
     try:
         if "://" in storage:
+            shown = f"{storage.partition('://')[0]}://..."
             url, own = map(sqlalchemy.engine.make_url, (storage, mlflow.get_tracking_uri()))
             shown = url.render_as_string()  # hides the password
             files = [os.path.realpath(of.database or "") for of in (url, own)]
@@ -59,15 +73,29 @@ def open_storage(storage):
                 start = file.read(10)
             if start and not start.startswith(b'{"op_code"'):
                 raise OSError("it is another file, and not a study's")
+            _cut_off_half_a_line(storage)
         backend = optuna.storages.journal.JournalFileBackend(storage)
         return optuna.storages.JournalStorage(backend)
-    except (OSError, ImportError, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        reason = " ".join(str(error).split()).partition(" (Background")[0][:200]
+    except (AssertionError, LookupError, TypeError, ValueError, *FAILURES) as error:
+        reason = "its address is impossible, or the file is damaged"
+        if isinstance(error, FAILURES):
+            reason = " ".join(str(error).split()).partition(" (Background")[0][:200]
         raise UserError(
             f"the study cannot be kept in {shown!r}: {reason}",
             "--storage takes sqlite:///FILE, the address of a database, or a path, all in a folder "
             "that exists.",
         ) from error
+
+
+def _cut_off_half_a_line(path):
+    """Remove what a full disk has left of the last line: Optuna would go on behind it."""
+    lock = optuna.storages.journal.JournalFileSymlinkLock(path)
+    lock.acquire()  # else another process may just be writing it
+    try:
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def finished_trials(study):

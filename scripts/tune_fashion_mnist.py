@@ -103,7 +103,8 @@ def main(argv=None):
         study, parent_run_id = studies.join(args.storage, args.study, fixed)
 
         if parent_run_id:
-            runs.existing_run(parent_run_id)  # the study may have been begun on another server
+            parent = runs.existing_run(parent_run_id)  # it may have been begun on another server
+            studies.check_parent(parent, experiment, args.study)
 
         # 2. The parent run. With run_id, start_run opens the run of a study that goes on again.
         stack.enter_context(
@@ -304,7 +305,7 @@ def conclude(study, test):
     client, parent, best = mlflow.MlflowClient(), mlflow.active_run(), study.best_trial
     trials = studies.finished_trials(study)
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
-    best_run = mlflow.get_run(best.user_attrs["run_id"])
+    best_run = runs.finished_run(best.user_attrs["run_id"])
     marked = mlflow.search_runs(
         experiment_ids=[parent.info.experiment_id],
         filter_string=f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND tags.best = 'true'",

@@ -81,7 +81,7 @@ def test_a_room_alone_can_be_imported(room, tmp_path):
 
 
 def test_budgets():
-    assert sum(map(length, MODULES)) < 4015
+    assert sum(map(length, MODULES)) < 4026
     assert {str(path): length(path) for path in MODULES if length(path) >= 200} == {}
     assert {name: length(ROOT / name) for name in SCRIPTS if length(ROOT / name) >= 230} == {}
 

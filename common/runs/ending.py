@@ -84,7 +84,7 @@ def _end(status, run_id):
     try:
         mlflow.end_run(status)
     except MlflowException:
-        return f"the server does not answer, and the run {run_id} may stay RUNNING there"
+        return f"the server or database fails, and the run {run_id} may stay RUNNING there"
     with contextlib.suppress(MlflowException):  # its models, if one was being written
         for model in mlflow.search_logged_models(
             filter_string=f"source_run_id = '{run_id}'", output_format="list"

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import mlflow
+from mlflow.exceptions import MlflowException
 
 from common.errors import UserError
 
@@ -92,6 +93,8 @@ def _recorded(run):
             path = mlflow.artifacts.download_artifacts(uri, dst_path=folder)
             stored = json.loads(Path(path).read_bytes())
         return stored["digest"], list(stored["predictions"])
-    except (LookupError, RecursionError, TypeError, ValueError) as error:
+    except (LookupError, MlflowException, RecursionError, TypeError, ValueError) as error:
+        if getattr(error, "error_code", None) not in (None, "INVALID_PARAMETER_VALUE"):  # a link
+            raise
         what = f"{PREDICTIONS} of the run {run.info.run_id} is not what a script here writes."
         raise UserError(what, "have the model trained again.") from error

@@ -83,14 +83,14 @@ class Checkpoint:
             return
         option = ""
         if not self.folder and self.epochs and self.between_epochs:
-            with contextlib.suppress(OSError, UserError):  # the first error is the one to tell
-                here = os.getcwd() if os.access(".", os.W_OK) else tempfile.gettempdir()
+            for here in (os.getcwd(), tempfile.gettempdir()):  # full, perhaps
                 self.folder = Path(here, f"checkpoint-{self.launch[:8]}")
-                self._open()
-                self._save()
-            option = f" with --checkpoint {shlex.quote(str(self.folder))}"
-            if self.folder and not self.saved:
+                with contextlib.suppress(OSError, UserError):  # the first error is the one to tell
+                    self._open()
+                    self._save()
+                    break
                 shutil.rmtree(self.folder, ignore_errors=True)
+            option = f" with --checkpoint {shlex.quote(str(self.folder))}"
         if self.saved:
             error.kept = f"The same command{option} goes on after epoch {self.saved}."
 

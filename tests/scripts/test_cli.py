@@ -11,7 +11,7 @@ from conftest import FURTHER_SCRIPTS, ROOT, SCRIPTS, clean_environment, fails, r
 
 import train_mnist_mlflow
 from common import cli, connection
-from common.errors import UserError
+from common.errors import UserError, check_packages
 
 HEAVY = (
     "torch",
@@ -216,6 +216,26 @@ def test_package_that_is_too_old(name, found, tmp_path):
     assert f" or newer is needed, and {found} is installed." in message
     assert f"error: {name} " in message and "pip install -r requirements.txt" in message
     run("train_mnist_mlflow.py", "--help", cwd=tmp_path, PYTHONPATH=path)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("MLFLOW_LOGGING_LEVEL", value) for value in ("loud", "10", " ")),
+        *(("MLFLOW_CONFIGURE_LOGGING", value) for value in ("yes", "")),
+    ],
+)
+def test_variable_with_which_mlflow_cannot_be_imported(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}.* has an impossible value"):
+        check_packages()
+
+
+@pytest.mark.parametrize("level, switch", [("debug", "0"), ("", "TRUE"), ("WARN", "1")])
+def test_variables_with_which_it_can(level, switch, monkeypatch):
+    monkeypatch.setenv("MLFLOW_LOGGING_LEVEL", level)
+    monkeypatch.setenv("MLFLOW_CONFIGURE_LOGGING", switch)
+    check_packages()
 
 
 @pytest.mark.parametrize("name", ["torchvision", "matplotlib.pyplot", "sklearn"])

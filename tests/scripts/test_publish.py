@@ -688,7 +688,7 @@ def test_nothing_in_a_model_runs(target, prefork, offline, tmp_path):
         "    folder = Path(model.artifact_location.removeprefix('file://'))\n"
         "    folder.mkdir(parents=True)\n"
         "    (folder / 'model.pkl').write_bytes(pickle.dumps(Evil()))\n"
-        "    (folder / 'MLmodel').write_text('!!python/object/apply:os.mkdir [ran]\\n')\n"
+        "    (folder / 'MLmodel').write_bytes(b'!!python/object/apply:os.mkdir [ran] #\\xe9')\n"
         "    mlflow.finalize_logged_model(model.model_id, 'READY')\n"
     )
     job.type(shlex.quote(str(job.folder / "evil.py")))
@@ -712,6 +712,19 @@ def small(prefork, tmp_path_factory):
     for name in ("0.out", "0.err"):
         (folder / name).unlink()
     return folder
+
+
+def test_files_that_were_left_behind(small, prefork, tmp_path):
+    """The database alone was copied: whether there were files, it does not know."""
+    session = Session(tmp_path, prefork)
+    publish = f"scripts/publish.py --source sqlite:///{small}/mlflow.db --tracking_uri"
+    said = session.type(publish, "sqlite:///there.db").out
+    assert f"\nfiles    none: there is no {small}/mlruns; when it is back" in said
+    (small / "mlruns").mkdir()
+    try:
+        assert "files    none" not in session.type(publish, "sqlite:///other.db").out
+    finally:
+        (small / "mlruns").rmdir()
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ import numpy as np
 import optuna
 import pytest
 import torch
-from conftest import Session
+from conftest import Session, other_user
 
 from common import runs, storage, training
 from common.errors import UserError
-from scripts import promotions, publishing, score_rest, settings, studies
+from scripts import local_store, promotions, publishing, score_rest, settings, studies
 
 
 @pytest.fixture
@@ -154,8 +154,10 @@ def test_predictions_of_a_run(store):
     os.mkfifo(path)
     refused(check, "not what a script")
     path.unlink()
-    path.symlink_to("/dev/zero")
-    refused(check, "not what a script")
+    for leads_to in ("/dev/zero", "/etc/hostname"):
+        path.symlink_to(leads_to)
+        refused(check, "not what a script")
+        path.unlink()
     refused(
         lambda: training.load_data(runs.recorded_dataset(run), "data", train=False),
         "there is no data set 'cifar10' here",
@@ -235,6 +237,40 @@ def test_study_in_a_file_that_is_none(content, tmp_path):
         optuna.create_study(storage=studies.open_storage(f"{path}.log"), load_if_exists=True)
 
 
+@pytest.mark.parametrize("rest", [b'{"op_code": 4, "worker_id": "x', b"{", b"\0\0"])
+def test_study_whose_last_line_was_cut_off(rest, tmp_path):
+    """By a full disk. What is stored goes on."""
+    path = str(tmp_path / "study.log")
+    study = optuna.create_study(storage=studies.open_storage(path), study_name="s")
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    with open(path, "ab") as file:
+        file.write(rest)
+    for trials in (2, 3):
+        study = optuna.load_study(storage=studies.open_storage(path), study_name="s")
+        study.add_trial(optuna.trial.create_trial(value=1.0))
+        assert len(study.trials) == trials
+    with open(path, "ab") as file:
+        file.write(b'{"op_code": 99}\n')
+    refused(lambda: studies.open_storage(path), "or the file is damaged")
+    assert sorted(os.listdir(tmp_path)) == ["study.log"]
+
+
+@pytest.mark.parametrize("rest", ["sec@ret:pw@h/y", "sec@h:x/y", "sec@[h/y"])
+def test_study_at_an_impossible_address(rest):
+    refused(lambda: studies.open_storage(f"postgresql://u:{rest}"), "^(?!.*(sec|ret|pw)).*kept in")
+
+
+def test_study_of_another_experiment_or_of_a_deleted_run(store):
+    run = store.create_run(store.create_experiment("one"))
+    other = mlflow.get_experiment(store.create_experiment("other"))
+    refused(lambda: studies.check_parent(run, other, "s"), "belongs to the experiment 'one'")
+    own = mlflow.get_experiment(run.info.experiment_id)
+    studies.check_parent(run, own, "s")
+    store.delete_run(run.info.run_id)
+    run = mlflow.get_run(run.info.run_id)
+    refused(lambda: studies.check_parent(run, own, "s"), "was deleted")
+
+
 @pytest.mark.parametrize("name", ["a#1", "what?", "50%41", "two\nlines"])
 def test_files_whose_names_would_not_arrive(name, tmp_path):
     """MLflow puts a name into the address as it is: `a#1` and `a#2` would both become `a`."""
@@ -244,8 +280,44 @@ def test_files_whose_names_would_not_arrive(name, tmp_path):
     (tmp_path / "plots" / name).touch()
     refused(lambda: publishing.files_in(tmp_path), "it would not arrive")
     (tmp_path / "plots" / name).unlink()
-    (tmp_path / "link").symlink_to("/etc/hostname")
-    refused(lambda: publishing.files_in(tmp_path), "link is a link")
+    (tmp_path / name).mkdir()
+    refused(lambda: publishing.files_in(tmp_path), "it would not arrive")
+
+
+def test_files_that_cannot_be_sent(public):
+    """Left out without a word, they would be missed when the job's folder is gone."""
+    plots = public / "files" / "plots"
+    plots.mkdir(parents=True)
+    (plots / "a.png").touch()
+    (public / "to all").symlink_to("files")
+    refused(lambda: publishing.files_in(public / "to all"), "to all is a link")
+    for leads_to in ("/etc/hostname", "/etc", "/no/where"):
+        (plots / "link").symlink_to(leads_to)
+        refused(lambda: publishing.files_in(plots.parent), "link is a link")
+        (plots / "link").unlink()
+    os.mkfifo(plots / "pipe")
+    refused(lambda: publishing.files_in(plots.parent), "pipe is a link or no file")
+    (plots / "pipe").unlink()
+    plots.chmod(0)
+    with other_user():
+        refused(
+            lambda: publishing.files_in(plots.parent), "plots cannot be read: Permission denied"
+        )
+    assert list(publishing.files_in(plots.parent)) == ["plots/a.png"]
+    assert publishing.files_in(public / "none") == {}
+
+
+def test_lock_that_somebody_has_planted(tmp_path):
+    """Neither waited for without end, nor followed."""
+    local = local_store.LocalStore(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
+    lock = tmp_path / "mlflow.db.publishing"
+    lock.symlink_to(tmp_path / "victim")
+    with local.locked():
+        assert not (tmp_path / "victim").exists()
+    lock.unlink()
+    os.mkfifo(lock)
+    with local.locked():
+        pass
 
 
 # Answers of a served model

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,16 +223,19 @@ def test_an_error_between_epochs_keeps_what_was_trained(tmp_path):
     assert scores(epochs) == whole and checkpoint.launch in checkpoint.launch
 
 
-def test_a_working_directory_that_is_read_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
+def test_a_working_directory_that_is_full(small_disk, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("tmp")
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    monkeypatch.chdir(small_disk)
+    Path("filler").write_bytes(bytes(18_000_000))
     _, checkpoint, epochs = start(None)
     error = ConnectionError("the server is away")
     with pytest.raises(ConnectionError), checkpoint:
         next(epochs)
         raise error
-    assert str(tmp_path / "tmp" / "checkpoint-") in error.kept
+    assert str(elsewhere / "checkpoint-") in error.kept
+    assert os.listdir() == ["filler"] and len(list(elsewhere.glob("*/training.pt"))) == 1
+    monkeypatch.chdir("/")  # so that it can be unmounted
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
