@@ -224,7 +224,7 @@ def versions(local):
     return len(client.search_model_versions("name = 'MNIST_CNN'")), str(production.version)
 
 
-def test_alias_stays_if_one_prediction_differs(local, tampered):
+def test_alias_stays_if_one_prediction_differs(local, tampered, prefork):
     """One image of 360, and neither a version is made nor the alias moved."""
 
     def edit(content):
@@ -232,7 +232,8 @@ def test_alias_stays_if_one_prediction_differs(local, tampered):
 
     before = versions(local)
     run_id = tampered(edit)
-    finished = run("register_and_inference.py", "--run_id", run_id, cwd=local.folder, code=1)
+    where = {"cwd": local.folder, "prefork": prefork}
+    finished = run("register_and_inference.py", "--run_id", run_id, **where, code=1)
     assert "predicts 1 of 360 test images differently" in finished.error
     assert versions(local) == before
 
@@ -255,10 +256,11 @@ def test_files_of_the_model_are_gone(local, prefork, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_test_set_is_no_basis_for_a_check(local, tampered):
+def test_other_test_set_is_no_basis_for_a_check(local, tampered, prefork):
     before = versions(local)
     run_id = tampered(lambda content: content.update(digest="0" * 32))
-    finished = run("register_and_inference.py", "--run_id", run_id, cwd=local.folder, code=1)
+    where = {"cwd": local.folder, "prefork": prefork}
+    finished = run("register_and_inference.py", "--run_id", run_id, **where, code=1)
     assert "not the one that the run" in finished.error
     assert versions(local) == before
 

@@ -1,11 +1,20 @@
 """Bad input: one sentence what, one what to do, exit code 1, in seconds, nothing left behind."""
 
+import functools
 import socket
 import struct
+import sys
 
 import mlflow
 import pytest
 from conftest import fails, write_mnist
+
+
+@pytest.fixture(autouse=True)
+def forked(prefork, monkeypatch):
+    """What the scripts import matters to others of their tests; here it would take the time."""
+    monkeypatch.setattr(sys.modules[__name__], "fails", functools.partial(fails, prefork=prefork))
+
 
 # Runs
 
@@ -114,10 +123,10 @@ def test_data_missing_and_a_network_that_swallows_everything(tmp_path):
     ],
     ids=["cut", "empty", "html", "cut-labels", "label-77", "one-image"],
 )
-def test_damaged_data_file(file, damage, prefork, tmp_path):
+def test_damaged_data_file(file, damage, tmp_path):
     path = write_mnist(tmp_path / "data") / "MNIST" / "raw" / file
     path.write_bytes(damage(path.read_bytes()))
-    error = fails("train_mnist_mlflow.py", cwd=tmp_path, prefork=prefork, **NO_NETWORK)
+    error = fails("train_mnist_mlflow.py", cwd=tmp_path, **NO_NETWORK)
     assert f"the files in {path.parent} are damaged" in error
     assert path.exists()
 
