@@ -125,7 +125,7 @@ def files_in(folder):
             # MLflow puts a name into the address as it is: `a#1` and `a#2` would both become `a`.
             odd = set("#?%") & set(path.name) or not path.name.isprintable() or path.is_symlink()
             if odd or not (path.is_file() or path.is_dir()):
-                what = f"{path} is a link or no file, or its name holds one of # ? %, or is odd"
+                what = f"{path} is a link or no file, or its name has one of # ? %, or no text"
                 raise UserError(f"{what}: it would not arrive.", hint)
             if path.is_file():
                 files[path.relative_to(folder).as_posix()] = path
