@@ -17,6 +17,7 @@ import secrets
 import signal
 import sys
 import time
+from pathlib import Path
 
 from processes import need, run, status_of, tls_socket
 
@@ -49,53 +50,80 @@ def prepare(folder, host):
     for name in ("keys", "gateway"):
         (folder / name).mkdir(exist_ok=True)
         (folder / name).chmod(0o700)  # also if somebody made it, to put a certificate in
-    make_certificate(folder, host)
-    keys = keys_in(folder)
-    if keys or (folder / "gateway" / "keys.conf").exists():
-        write_maps(folder, keys)  # those of an earlier version knew no bearer tokens
-    else:
-        add_key(folder, "admin")
+    warn_of_other_owners(folder)
+    with changing(folder):
+        make_certificate(folder, host)
+        keys = keys_in(folder)
+        if not keys and not (folder / "gateway" / "keys.conf").exists():
+            make_key(folder, "admin")
+        else:  # the maps of an earlier version knew no bearer tokens
+            # Those of a running server stay what its nginx knows: revoke_key goes by them.
+            with contextlib.suppress(BlockingIOError), locked(folder):
+                write_maps(folder, keys)
+
+
+def warn_of_other_owners(folder):
+    """Root may mean to make a server for somebody else, or have been given a prepared folder."""
+    if os.geteuid() == 0:
+        for path in (folder, *(folder / name for name in ("keys", "gateway", "logs", "run"))):
+            if path.exists() and (owner := path.stat().st_uid):
+                with contextlib.suppress(KeyError):  # an account that is gone has a number only
+                    owner = path.owner()
+                print(
+                    f"warning: {path} belongs to {owner}, who can read or exchange the keys.",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
 
 def add_key(folder, name):
-    path = keys_of(folder) / name
     with changing(folder):
-        if os.path.lexists(path):
-            raise SystemExit(
-                f"error: {name} has a key already, in {path}.\n"
-                "hint:  revoke-key first, if it is to be replaced."
-            )
-        keys = keys_in(folder)
-        key = secrets.token_hex(32)
+        make_key(folder, name)
+
+
+def make_key(folder, name):
+    path = keys_of(folder) / name
+    if os.path.lexists(path):
+        raise SystemExit(
+            f"error: {name} has a key already, in {path}.\n"
+            "hint:  revoke-key first, if it is to be replaced."
+        )
+    keys, key = keys_in(folder), secrets.token_hex(32)
+    with contextlib.ExitStack() as undo:  # also if Ctrl-C ends it: nobody has seen the key
+        undo.callback(write_maps, folder, keys)
+        undo.callback(path.unlink, missing_ok=True)
         write_maps(folder, keys | {name: key})
         write_private(path, key + "\n")
-        try:
-            tried(folder, name, key, lambda status: status != 401)
-        except SystemExit:
-            path.unlink()  # nobody has seen it
-            write_maps(folder, keys)
-            raise
+        tried(folder, name, [key], let_in=True)
+        undo.pop_all()
     print(f"key      {path}  (hand it over; it is printed nowhere)", flush=True)
 
 
 def revoke_key(folder, name):
-    """Take the key out of the maps, see that it is refused, and only then forget it."""
+    """Take the key out of the maps, see that it is refused, and only then forget it.
+
+    Its file may have been changed or removed: what nginx knows is the key of that name, too.
+    """
     with changing(folder):
-        keys = keys_in(folder)
-        key = keys.pop(name, None)
-        if not key:
+        path, keys, known = keys_of(folder) / name, keys_in(folder), keys_in_maps(folder)
+        lost = {key_in(path), known.get(name, "")} - {""}
+        if not lost:
             there = ", ".join(keys) or "none"
             raise SystemExit(
                 f"error: {name} has no key in {folder / 'keys'}.\nhint:  there are: {there}"
             )
-        write_maps(folder, keys)
-        refused = tried(folder, name, key, lambda status: status == 401)
+        if name in known and known[name] != key_in(path):
+            write_private(path, known[name] + "\n")  # for the next try, if this one fails
+        owners = {owner for found in (keys, known) for owner in found if found[owner] in lost}
+        write_maps(folder, {owner: key for owner, key in keys.items() if key not in lost})
+        refused = tried(folder, name, lost, let_in=False)
         for path in keys_of(folder).iterdir():
-            if key_in(path) == key:  # a copy would let it in again
+            if any(key in text_in(path) for key in lost):  # a copy would let it in again
                 path.unlink()
-    print(f"revoked  {name}" + ("  nginx refuses it" if refused else ""), flush=True)
+    names = ", ".join(sorted(owners | {name}))
+    print(f"revoked  {names}" + ("  nginx refuses it" if refused else ""), flush=True)
     if not refused and (folder / "compose.env").exists():
-        print("containers let it in until their nginx reads the keys again: nginx -s reload")
+        print("containers let it in until their nginx is started again: restart nginx")
 
 
 def keys_of(folder):
@@ -110,9 +138,10 @@ def keys_of(folder):
 
 def keys_in(folder):
     """{owner: key}: what add_key made. Anything else in there, a copy too, lets nobody in."""
-    found = {}
-    oldest_first = sorted(keys_of(folder).glob("[!.]*"), key=lambda path: path.lstat().st_mtime)
-    for path in oldest_first:
+    found, known = {}, keys_in_maps(folder)
+    paths = sorted(keys_of(folder).glob("[!.]*"), key=lambda path: path.lstat().st_mtime)
+    # A copy comes after its original: `cp -p` gives it the same time, but nginx knows it not.
+    for path in sorted(paths, key=lambda path: known.get(path.name) != key_in(path)):
         key = key_in(path)
         if key and key not in found.values():
             found[path.name] = key
@@ -123,9 +152,23 @@ def keys_in(folder):
 
 def key_in(path):
     """The key in a file, or "" if add_key has not made it."""
-    made = re.fullmatch(NAME, path.name) and path.is_file() and not path.is_symlink()
-    key = path.read_text(errors="replace").strip() if made and path.stat().st_size < 200 else ""
-    return key if re.fullmatch(KEY, key) else ""
+    key = text_in(path).strip()
+    return key if re.fullmatch(NAME, path.name) and re.fullmatch(KEY, key) else ""
+
+
+def text_in(path):
+    """What a plain file begins with, or ""."""
+    if path.is_symlink() or not path.is_file():
+        return ""
+    with path.open(errors="replace") as file:
+        return file.read(10_000)
+
+
+def keys_in_maps(folder):
+    """{owner: key}: what nginx knows, or will know when it reads the maps."""
+    maps = folder / "gateway" / "keys.conf"
+    text = maps.read_text(errors="replace") if maps.exists() else ""
+    return {owner: key for key, owner in re.findall(f'"({KEY})" "({NAME})";', text)}
 
 
 def write_maps(folder, keys):
@@ -140,10 +183,12 @@ def write_maps(folder, keys):
         write_private(folder / "gateway" / file, text)
 
 
-def tried(folder, name, key, right):
-    """Have a running nginx read the maps again, and try the key until the answer is `right`.
+def tried(folder, name, keys, let_in):
+    """Have a running nginx read the maps again, and try the keys until all are let in, or refused.
 
-    Returns False if nothing of a server of this machine runs in the folder.
+    Then nothing is left that lets in a refused key: on connections that are open, workers go by
+    what they knew when they started, so they are ended. Returns False if nothing of a server of
+    this machine runs in the folder.
     """
     try:
         with locked(folder):
@@ -154,16 +199,19 @@ def tried(folder, name, key, right):
         process = int((folder / "run" / "nginx.pid").read_text())
         if process < 2:  # 0 and -1 are whole groups of processes
             raise ValueError(process)
+        earlier = children_of(process)
         os.kill(process, signal.SIGHUP)
         listen = re.search(r"listen (\S+):(\d+) ssl;", (folder / "run" / "nginx.conf").read_text())
         address = ("127.0.0.1" if listen[1] == "0.0.0.0" else listen[1], int(listen[2]))
         while time.monotonic() < deadline:
             try:
-                status = status_of(tls_socket(*address), "/health", {"X-Api-Key": key})
-                answers = answers + 1 if right(status) else 0
+                for key in keys:
+                    status = status_of(tls_socket(*address), "/health", {"X-Api-Key": key})
+                    answers = answers + 1 if (status != 401) == let_in else 0
             except (OSError, http.client.HTTPException):
                 answers = 0
-            if answers == 5:  # for a moment, processes that know the earlier keys answer as well
+            # For a moment, processes that know the earlier keys answer as well.
+            if answers >= 5 * len(keys) and (let_in or ended(earlier & children_of(process))):
                 return True
             time.sleep(0.1)
     raise SystemExit(
@@ -171,6 +219,18 @@ def tried(folder, name, key, right):
         f"hint:  see {folder / 'logs' / 'error.log'}. If the server is just starting or stopping, "
         "try again."
     )
+
+
+def children_of(process):
+    return set(map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split()))
+
+
+def ended(workers):
+    """Whether none is left; those that are, are told to end at once."""
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGTERM)
+    return not workers
 
 
 def write_private(path, text):

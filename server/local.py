@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -101,8 +102,7 @@ def mlflow_server(args):
 
 def start(args):
     path, name = pid_file(args.port), f"mlflow-server-{args.port}"
-    # Nobody else opens it: who can, can hold the lock.
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
+    with open(own_file(path, os.O_RDWR | os.O_CREAT), "r+") as file:
         # Whoever holds the lock runs: the server inherits it. A pid alone may be another's by now.
         if not locked(file):
             raise SystemExit(
@@ -121,7 +121,8 @@ def start(args):
         with contextlib.ExitStack() as stack:
             stack.callback(path.unlink)
             processes = stack.enter_context(Processes(Path.cwd(), Path.cwd(), file))
-            processes.launch(name, command, stays=True, env=environment | os.environ)
+            log = own_file(path.with_suffix(".log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            processes.launch(name, command, stays=True, log=log, env=environment | os.environ)
             (process, _) = processes.running[name]
             file.truncate(0)
             print(process.pid, file=file, flush=True)
@@ -137,9 +138,9 @@ def start(args):
 def stop(args):
     path = pid_file(args.port)
     try:
-        with path.open("r+") as file:
-            pid = int(file.read() or 0)
-            if locked(file) or not pid:
+        with open(own_file(path, os.O_RDWR), "r+") as file:
+            pid = int(file.read(20))
+            if locked(file) or not 1 < pid < 2**31:  # 0, 1, -1 are other groups, or everybody
                 raise FileNotFoundError
             end(SimpleNamespace(pid=pid, poll=lambda: None), signal.SIGTERM)
     except (FileNotFoundError, ValueError):
@@ -150,6 +151,25 @@ def stop(args):
         ) from None
     path.unlink()
     print(f"stopped  port {args.port}; what was stored stays")
+
+
+def own_file(path, flags):
+    """A descriptor of a file that others cannot have put there, in a folder where they may write.
+
+    Nobody else opens it: who can, can hold the lock.
+    """
+    hint = "hint:  it must be a plain file of your own. Remove it, or use a folder of your own."
+    try:  # without waiting for who would write into a pipe
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SystemExit(f"error: {path}: {error.strerror}.\n{hint}") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+        os.close(descriptor)
+        raise SystemExit(f"error: {path} is a link, or no file, or another user's.\n{hint}")
+    return descriptor
 
 
 def locked(file):

@@ -103,9 +103,9 @@ class Processes:
         for process, number in reversed(self.running.values()):
             end(process, number)
 
-    def launch(self, name, command, stop_by=signal.SIGTERM, stays=False, **options):
+    def launch(self, name, command, stop_by=signal.SIGTERM, stays=False, log=None, **options):
         """Start a program. Unless it `stays`, it ends when this process does, however that ends."""
-        with (self.logs / f"{name}.log").open("ab") as log:
+        with open(log or self.logs / f"{name}.log", "ab") as log:
             process = subprocess.Popen(
                 list(map(str, command)),
                 stdin=subprocess.DEVNULL,

@@ -153,9 +153,21 @@ def folder(text):
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.command == "start" and bool(args.artifacts) != bool(args.store):
+        parser.error("--artifacts and --store go together: the bucket, and where its store is")
+    try:
+        execute(args)
+    except OSError as error:
+        raise SystemExit(
+            f"error: {error.filename or args.folder}: {error.strerror or error}.\n"
+            "hint:  --folder must be one that you own or can make."
+        ) from None
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def execute(args):
     if args.command == "start":
-        if bool(args.artifacts) != bool(args.store):
-            parser.error("--artifacts and --store go together: the bucket, and where its store is")
         start(args)
     elif args.command == "prepare":
         credentials.prepare(args.folder, args.host)
@@ -402,4 +414,6 @@ def print_exports(args):
 
 
 if __name__ == "__main__":
+    # What was begun is taken back, as by Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     main()

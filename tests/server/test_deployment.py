@@ -7,6 +7,7 @@ start one of the two servers as root and one as a user; without root, both as th
 """
 
 import contextlib
+import fcntl
 import hashlib
 import http.client
 import importlib
@@ -580,6 +581,60 @@ def test_keys_come_and_go(deployment):
     assert deployment.process.pid == server and deployment.process.poll() is None
 
 
+def begun(deployment, name, request):
+    """An open connection, on which the beginning of a request of that key's was sent."""
+    sock = serve_module.tls_socket("127.0.0.1", deployment.port)
+    sock.settimeout(20)
+    sock.sendall(request.format(head=head_of(deployment, name)).encode())
+    return sock
+
+
+def head_of(deployment, name):
+    return f"Host: 127.0.0.1:{deployment.port}\r\nX-Api-Key: {deployment.key(name)}\r\n"
+
+
+def answer_on(sock, rest):
+    """What comes back when the rest is sent; nothing, if the connection is closed."""
+    with sock, contextlib.suppress(OSError):
+        sock.sendall(rest.encode())
+        return sock.recv(4096).decode()
+    return ""
+
+
+@pytest.mark.slow
+@needs_servers
+def test_a_revoked_key_is_refused_on_open_connections(deployment):
+    """nginx's earlier processes know the key, and go on for minutes with what was begun."""
+    folder, search = deployment.folder, "POST /api/2.0/mlflow/experiments/search HTTP/1.1\r\n"
+    search += "{head}Content-Type: application/json\r\nContent-Length: 17\r\n\r\n"
+    ways = {  # the beginning and the rest of a request
+        "head": ("GET /version HTTP/1.1\r\n{head}", "\r\n"),
+        "body": (search + '{{"max_re', 'sults":1}}'),
+        "idle": ("", "GET /version HTTP/1.1\r\n{head}\r\n"),
+    }
+    serve("add-key", "late", "--folder", folder)
+    head = head_of(deployment, "late")
+    others = {way: begun(deployment, "admin", ways[way][0]) for way in ("head", "body")}
+    serve("add-key", "later", "--folder", folder)  # cuts off nobody
+    for way, sock in others.items():
+        assert " 200 " in answer_on(sock, ways[way][1].format()), way
+    socks = [(way, begun(deployment, "late", ways[way][0])) for way in ways for _ in range(2)]
+    serve("add-key", "latest", "--folder", folder)  # they stay with processes that are to end
+    socks += [(way, begun(deployment, "late", ways[way][0])) for way in ways for _ in range(2)]
+    serve("revoke-key", "late", "--folder", folder)
+    for way, sock in socks:
+        assert answer_on(sock, ways[way][1].format(head=head)) == "", way
+    assert deployment.status(key=deployment.key()) == 200
+
+    # What became of its file keeps no key from being revoked.
+    key = deployment.key("later")
+    (folder / "keys" / "later").unlink()
+    assert (
+        "revoked  later  nginx refuses it" in serve("revoke-key", "later", "--folder", folder).out
+    )
+    assert deployment.status(key=key) == 401
+
+
 @pytest.mark.slow
 @needs_servers
 def test_no_second_server_in_the_folder(deployment):
@@ -963,6 +1018,116 @@ def test_copy_of_a_key_and_the_number_of_no_process(tmp_path, monkeypatch, capsy
     assert signals == [] and (keys / "ada").exists()
 
 
+def copied_over(keys):
+    os.utime(keys / "eve", (1, 1))
+    shutil.copy2(keys / "eve", keys / "alf")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda keys: (keys / "eve").unlink(),
+        lambda keys: (keys / "eve").rename(keys / ".eve"),
+        lambda keys: (keys / "eve").rename(keys / "eve~"),
+        lambda keys: (keys / "eve").open("a").write("# of Eve\n"),
+        lambda keys: (keys / "eve").write_text("a" * 64),
+        lambda keys: shutil.copy2(keys / "ada", keys / "eve"),
+        lambda keys: [(keys / "eve").rename(keys / ".eve"), (keys / "eve").symlink_to(".eve")],
+        copied_over,
+    ],
+)
+def test_a_key_is_revoked_whatever_became_of_its_file(damage, tmp_path, monkeypatch):
+    """nginx goes by the maps; and what is left of the file must not bring the key back."""
+    credentials, keys = serve_module.credentials, tmp_path / "keys"
+    credentials.prepare(tmp_path, "127.0.0.1")
+    for name in ("ada", "eve"):
+        credentials.add_key(tmp_path, name)
+    key, tried, asked = (keys / "eve").read_text().strip(), credentials.tried, []
+    damage(keys)
+
+    def recorder(folder, name, lost, let_in):
+        asked.append(key in lost)
+        return tried(folder, name, lost, let_in)
+
+    monkeypatch.setattr(credentials, "tried", recorder)
+    # A server runs and nginx does not answer: the next try still knows what is to be revoked. Nor
+    # does a second start, which is refused, forget what nginx knows.
+    with credentials.locked(tmp_path):
+        credentials.prepare(tmp_path, "127.0.0.1")
+        with pytest.raises(SystemExit, match="nginx has not read the keys again"):
+            credentials.revoke_key(tmp_path, "eve")
+    credentials.revoke_key(tmp_path, "eve")
+    assert asked == [True, True]
+    assert not any(key in path.read_text() for path in keys.iterdir() if path.is_file())
+    for name in ("keys.conf", "passwords.conf"):
+        assert key not in (tmp_path / "gateway" / name).read_text()
+    credentials.prepare(tmp_path, "127.0.0.1")
+    assert key not in (tmp_path / "gateway" / "keys.conf").read_text()
+    assert "admin" in credentials.keys_in(tmp_path)
+    with pytest.raises(SystemExit, match="eve has no key"):
+        credentials.revoke_key(tmp_path, "eve")
+
+
+def test_a_copy_does_not_take_a_key_over(short_folder):
+    """It has the same time, and in which order files are listed is left to chance."""
+    credentials, keys = serve_module.credentials, short_folder / "keys"
+    credentials.prepare(short_folder, "127.0.0.1")
+    for number in range(20):
+        shutil.copy2(keys / "admin", keys / f"copy{number}")
+    assert credentials.keys_in(short_folder).keys() == {"admin"}
+
+
+def test_prepare_waits_for_who_revokes_a_key(tmp_path):
+    """It would write the maps from what it read before."""
+    credentials = serve_module.credentials
+    credentials.prepare(tmp_path, "127.0.0.1")
+    with credentials.changing(tmp_path):
+        other = threading.Thread(target=credentials.prepare, args=(tmp_path, "127.0.0.1"))
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+    other.join(30)
+    assert not other.is_alive()
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="without root there are no other accounts")
+def test_prepare_names_the_other_owner_of_a_folder(short_folder):
+    """Who then could have prepared it, and gets at the keys that root makes there."""
+    theirs, ours = short_folder / "theirs", short_folder / "ours"
+    (theirs / "keys").mkdir(parents=True)
+    (ours / "keys").mkdir(parents=True)
+    for path in (theirs, theirs / "keys", ours / "keys"):
+        shutil.chown(path, "nobody")
+    for folder, count in ((theirs, 2), (ours, 1), (short_folder / "new", 0)):
+        said = serve("prepare", "--folder", folder).err
+        assert len(re.findall(r"^warning: \S+ belongs to nobody, who can", said, re.M)) == count
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_key_is_taken_back_if_add_key_is_stopped(number, code, tmp_path):
+    """While it waits for an nginx that does not answer; `sleep` is in its place."""
+    credentials, keys = serve_module.credentials, tmp_path / "keys"
+    credentials.prepare(tmp_path, "127.0.0.1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "nginx.conf").write_text(f"listen 127.0.0.1:{free_port()} ssl;")
+    maps = [tmp_path / "gateway" / name for name in ("keys.conf", "passwords.conf")]
+    before = [path.read_text() for path in maps]
+    sleeps = subprocess.Popen(["sleep", "60"])
+    (tmp_path / "run" / "nginx.pid").write_text(f"{sleeps.pid}\n")
+    command = [PYTHON, SERVER / "serve.py", "add-key", "eve", "--folder", tmp_path]
+    with credentials.locked(tmp_path):  # as by a server that runs
+        adding = subprocess.Popen(
+            list(map(str, command)), env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        assert sleeps.wait(timeout=30) == -signal.SIGHUP  # so it waits now
+        assert (keys / "eve").exists() and [path.read_text() for path in maps] != before
+        adding.send_signal(number)
+        said = adding.communicate(timeout=30)[1]
+    assert (adding.returncode, said) == (code, "")
+    assert [path.name for path in keys.iterdir()] == ["admin"]
+    assert [path.read_text() for path in maps] == before
+
+
 @pytest.mark.slow
 @needs_servers
 def test_nobody_becomes_somebody_else(with_owners):
@@ -1263,6 +1428,84 @@ def test_local_py_says_what_is_wrong(tmp_path):
     for port in ("65536", "-1", "a"):
         refused = run(SERVER / "local.py", "start", f"--port={port}", cwd=tmp_path, code=2)
         assert f"must be a port, 1 to 65535, not '{port}'" in refused.err
+
+
+# What is sent instead of being sent; a test that a guard is missing must not end the machine.
+STOP = """
+import os, sys
+os.kill = os.killpg = lambda *signal: print("signal", *signal)
+sys.path.insert(0, sys.argv.pop(1))
+import local
+local.main(["stop", "--port", "5001"])
+"""
+
+
+@pytest.mark.parametrize("text", ["0", "1", "-1", "text", "", "9" * 30])
+def test_local_py_signals_no_group_that_it_did_not_start(text, tmp_path):
+    path = tmp_path / "mlflow-server-5001.pid"
+    path.write_text(text)
+    with path.open() as file:  # as by a server that runs
+        fcntl.flock(file, fcntl.LOCK_EX)
+        command = [sys.executable, "-c", STOP, str(SERVER)]
+        stopped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (stopped.returncode, stopped.stdout) == (1, "")
+    assert "error: no server on port 5001 was started from this folder" in stopped.stderr
+    assert len(stopped.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["pid", "log"])
+def test_local_py_follows_nothing_that_others_put_there(name, tmp_path):
+    """In a folder where they may write, as /tmp."""
+    port = free_port()
+    target, path = tmp_path / "precious", tmp_path / f"mlflow-server-{port}.{name}"
+    target.write_text("12345")
+
+    def of_another():
+        path.write_text("12345")
+        shutil.chown(path, "nobody")
+
+    plants = [lambda: path.symlink_to(target), lambda: path.hardlink_to(target), path.mkdir]
+    plants += [lambda: os.mkfifo(path)] + [of_another] * AS_ROOT
+    for plant in plants:
+        plant()
+        for command in ("start", "stop") if name == "pid" else ("start",):
+            arguments = (SERVER / "local.py", command, "--port", port)
+            finished = run(*arguments, cwd=tmp_path, code=1, timeout=60)
+            assert f"error: {path}" in finished.err and "\nhint:  it must be a" in finished.err
+            assert len(finished.err.splitlines()) == 2 and finished.out == ""
+        path.rmdir() if path.is_dir() else path.unlink()
+        assert target.read_text() == "12345"
+    assert list(tmp_path.iterdir()) == [target]  # nothing was started
+
+
+def test_folders_that_cannot_be_used_are_said_in_two_lines(short_folder):
+    file, one, two = (short_folder / name for name in ("file", "one", "two"))
+    file.touch()
+    one.mkdir()
+    (one / "keys").touch()
+    serve("prepare", "--folder", two)
+    (two / "lock").unlink(missing_ok=True)
+    (two / "lock").symlink_to(file)
+    cases = [("prepare", file), ("prepare", "/proc/server"), ("prepare", one), ("add-key", two)]
+    for command, folder in cases:
+        name = ["eve"] if command == "add-key" else []
+        error = serve(command, *name, "--folder", folder, code=1).err
+        assert re.fullmatch(r"error: /\S+: .+\.\nhint:  --folder .+\n", error), error
+    assert [path.name for path in (two / "keys").iterdir()] == ["admin"]
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="without root there are no other accounts")
+def test_folder_of_another_user_is_said_in_two_lines(short_folder, server_folder):
+    serve("prepare", "--folder", server_folder)
+    shutil.copytree(SERVER, short_folder / "program")
+    nobody = as_account("nobody")
+    for command in (["add-key", "eve"], ["revoke-key", "admin"], ["prepare"]):
+        command = [PYTHON, short_folder / "program" / "serve.py", *command]
+        command = list(map(str, [*command, "--folder", server_folder]))
+        options = {"capture_output": True, "text": True, "env": environment(), "cwd": "/"} | nobody
+        finished = subprocess.run(command, **options)
+        assert finished.returncode == 1 and finished.stdout == ""
+        assert re.fullmatch(r"error: /\S+: .+\.\nhint:  --folder .+\n", finished.stderr)
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="without root there are no other accounts")
