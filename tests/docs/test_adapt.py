@@ -314,6 +314,7 @@ def test_what_differs_is_as_the_table_says(tmp_path):
 # The mlflow command
 
 
+@pytest.mark.slow
 def test_the_command_sends_the_key(box, box_variables, tmp_path):
     """From another folder; what it prints on stdout is MLflow's alone."""
     variables = {"PYTHONPATH": str(ROOT), **box_variables}

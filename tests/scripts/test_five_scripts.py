@@ -171,6 +171,7 @@ print(json.dumps([shapes, served, "common" in sys.modules]))
 """
 
 
+@pytest.mark.slow
 def test_model_loads_without_this_project_and_without_pickle(local, tmp_path):
     """Any batch size, in a folder without our code, with MLflow's pickle loading switched off."""
     process = subprocess.run(

@@ -714,6 +714,7 @@ def small(prefork, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_files_that_were_left_behind(small, prefork, tmp_path):
     """The database alone was copied: whether there were files, it does not know."""
     session = Session(tmp_path, prefork)

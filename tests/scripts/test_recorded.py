@@ -91,6 +91,7 @@ def test_verify_means_the_file_that_was_looked_up(store, tmp_path):
     refused(lambda: storage.verify(storage.of_model(uri)), "its SHA-256 is")
 
 
+@pytest.mark.slow
 def test_model_of_a_colleague_with_a_link(store, tmp_path):
     """What a link leads to is not copied: /dev/zero has no end, and a pipe nobody who writes."""
     network, example = training.MNISTCNN().eval(), np.zeros((2, 1, 28, 28), "float32")

@@ -170,6 +170,7 @@ def test_a_line_within_a_long_epoch_where_nobody_sees_the_bar(digits, monkeypatc
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts what Linux counts")
+@pytest.mark.slow
 def test_a_step_takes_no_memory_from_the_kernel():
     """Without glibc's two settings, each step of 64 images has some thousand page faults."""
     code = (

@@ -75,6 +75,7 @@ def statuses(folder):
     return [run.info.status for run in found]
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_scores_of_one(tmp_path):
     """Dropout included, with a last batch of one image, of which one process has none."""
     command = [sys.executable, "-c", TRAIN, str(ROOT)]
