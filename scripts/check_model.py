@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
-from common.errors import UserError
+from common.errors import UserError, of_system
 
 
 def build_parser():
@@ -38,6 +38,10 @@ def main(argv=None):
 
     from common import connection, storage
 
+    def of_s3():  # asked when something was raised: by then the package is imported
+        found = sys.modules.get("botocore.exceptions")
+        return (found.BotoCoreError, found.ClientError) if found else ()
+
     with tempfile.TemporaryDirectory() as parent:
         if Path(args.model).is_dir():
             folder = Path(args.model)
@@ -46,13 +50,10 @@ def main(argv=None):
             try:
                 # download_artifacts: all files of the model, into a folder that is removed again.
                 folder = Path(mlflow.artifacts.download_artifacts(args.model, dst_path=parent))
-            except MlflowException as error:
-                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    raise
-                raise UserError(
-                    f"there is no model {args.model}: {error.message}",
-                    "scripts/load_and_use_models.py list shows the registered models.",
-                ) from error
+            except (ImportError, MlflowException, OSError, ValueError, *of_s3()) as error:
+                if found := problem(args.model, error):
+                    raise found from error
+                raise
         if not (folder / "MLmodel").exists():
             raise UserError(
                 f"{args.model} is no model: there is no file MLmodel in it.",
@@ -66,6 +67,25 @@ def main(argv=None):
         storage.check_model(folder, args.model)
     print(f"safe     {args.model}  nothing in it runs when it is loaded", flush=True)
     cli.print_result(model=args.model, files=len(files), runs_code=False)
+
+
+def problem(model, error):
+    """Return the UserError for a model that could not be fetched; None if the server failed."""
+    from common import connection
+    from common.storage.inspection import NO_FILE
+
+    if found := NO_FILE.search(str(error)):
+        what = f"the model {model} holds a link, or what is no file: {found[0]}."
+        return UserError(what, "have its author train it again.")
+    code = getattr(error, "error_code", "")
+    if code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        hint = "scripts/load_and_use_models.py list shows the registered models."
+        return UserError(f"there is no model {model}: {error.message}", hint)
+    if connection.diagnose(error) or of_system(error):
+        return None
+    what = f"the model {model} cannot be fetched: {str(error)[:300]}"
+    hint = "is the address right, and every file there? A store such as s3:// needs its package "
+    return UserError(what, f"{hint}and its login.")
 
 
 if __name__ == "__main__":

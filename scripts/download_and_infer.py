@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where common/ is
 
 from common import cli
-from common.errors import UserError
+from common.errors import UserError, check_folder, of_system
 
 EXPERIMENT = "MNIST_experiment"  # where train_simple_mnist.py logs
 SAMPLES = 5  # images that are shown
@@ -42,13 +42,16 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
+    if args.download_dir:
+        check_folder(args.download_dir, "--download_dir")
 
     cli.say_imports()  # they take seconds, and wait here so that --help answers at once
-    import contextlib
+    import os
     import random
     import tempfile
 
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     from common import connection, runs, storage, training
     from scripts import latest, networks
@@ -68,21 +71,31 @@ def main(argv=None):
     test = training.load_data(runs.recorded_dataset(run, args.dataset), args.data_dir, train=False)
 
     # 2. Download the checkpoint, and load it without running any code from it.
-    if "model.pth" not in [file.path for file in mlflow.MlflowClient().list_artifacts(run_id)]:
-        raise UserError(
-            f"the run {run_id} has no model.pth.",
-            "give the id of a run of train_simple_mnist.py that finished.",
-        )
-    with contextlib.ExitStack() as stack:
-        folder = args.download_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        # download_artifacts: a file or folder of the tab "Artifacts", by its path there.
-        path = mlflow.artifacts.download_artifacts(
-            run_id=run_id, artifact_path="model.pth", dst_path=folder
-        )
-        kept = "" if args.download_dir else "  (until the end; --download_dir keeps it)"
-        print(f"Checkpoint downloaded to: {path}{kept}", flush=True)
+    if args.download_dir:
+        os.makedirs(args.download_dir, exist_ok=True)
+    # Into a new folder: where others may write, model.pth can be a link or a pipe of theirs.
+    with tempfile.TemporaryDirectory(dir=args.download_dir) as folder:
+        hint = "give the id of a run of train_simple_mnist.py that finished."
+        try:
+            files = mlflow.MlflowClient().list_artifacts(run_id)
+            # A folder has no size, nor has a pipe, at which a server would wait without end.
+            if "model.pth" not in [file.path for file in files if file.file_size]:
+                raise UserError(f"the run {run_id} has no model.pth, or an empty one.", hint)
+            # download_artifacts: a file or folder of the tab "Artifacts", by its path there. By
+            # run_id and artifact_path it would not say what fails.
+            path = mlflow.artifacts.download_artifacts(
+                f"{run.info.artifact_uri}/model.pth", dst_path=folder
+            )
+        except (MlflowException, OSError) as error:
+            if connection.diagnose(error) or of_system(error):
+                raise
+            what = f"model.pth of the run {run_id} cannot be downloaded: {str(error)[-300:]}"
+            raise UserError(what, f"if it is a link, or no file, {hint}") from error
         network = networks.SimpleMNIST().eval()
         storage.load_weights(network, path)
+        kept = keep(path, args.download_dir) if args.download_dir else path
+        more = "" if args.download_dir else "  (until the end; --download_dir keeps it)"
+        print(f"Checkpoint downloaded to: {kept}{more}", flush=True)
 
     # 3. Infer.
     indices = random.Random(args.seed).sample(
@@ -100,6 +113,22 @@ def main(argv=None):
             flush=True,
         )
     cli.print_result(run_id=run_id, samples=samples)
+
+
+def keep(path, folder):
+    """Move the file into `folder`, and return its path there; UserError if another one is there."""
+    import filecmp
+    import os
+
+    kept = Path(folder).absolute() / "model.pth"
+    if not os.path.lexists(kept):
+        return Path(path).replace(kept)
+    if kept.is_symlink() or not filecmp.cmp(path, kept, shallow=False):
+        raise UserError(
+            f"{kept} is there already, and is not this run's checkpoint.",
+            "move it away, or give another --download_dir.",
+        )
+    return kept
 
 
 if __name__ == "__main__":

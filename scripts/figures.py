@@ -3,27 +3,43 @@
 They are built without pyplot, so no screen is needed, no window opens, and nothing stays in memory.
 """
 
+import math
+
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+# Larger values matplotlib cannot scale; MLflow's databases keep 1.8e308 for an infinite one.
+LARGEST = 1e307
+LITERAL = {"parse_math": False}  # a "$" in a name that somebody gave begins no formula
+
 
 def curves_figure(curves, title, ylabel):
-    """Return a figure of curves over the epochs: `curves` is {label: [(epoch, value), ...]}."""
+    """Return a figure of curves over the epochs: `curves` is {label: [(epoch, value), ...]}.
+
+    Where a value is not below `LARGEST`, its curve has a gap.
+    """
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
-    for i, (label, points) in enumerate(curves.items()):
-        line = ("-", "--", ":", "-.")[i // 10 % 4]  # the colours repeat after ten curves
-        axes.plot(*zip(*points, strict=True), line, marker="o", markersize=4, label=label)
+    lines, legend_style = [], {}
+    for i, points in enumerate(curves.values()):
+        style = ("-", "--", ":", "-.")[i // 10 % 4]  # the colours repeat after ten curves
+        epochs = [epoch for epoch, _ in points]
+        values = [value if abs(value) < LARGEST else math.nan for _, value in points]
+        lines += axes.plot(epochs, values, style, marker="o", markersize=4)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(title=title, xlabel="epoch", ylabel=ylabel)
+    axes.set_title(title, **LITERAL)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(ylabel, **LITERAL)
     axes.grid(alpha=0.3)
-    if len(curves) <= 4:
-        axes.legend()
-    else:  # beside the axes, where it covers no curve
+    if len(curves) > 4:  # beside the axes, where it covers no curve
         figure.set_size_inches(11, 6)
-        columns = -(-len(curves) // 24)
-        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns)
+        legend_style = {"fontsize": "small", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        legend_style["ncols"] = -(-len(curves) // 24)
+    # Given here, matplotlib would leave out a label that begins with "_".
+    legend = axes.legend(lines, ["label"] * len(lines), **legend_style)
+    for text, label in zip(legend.get_texts(), curves, strict=True):
+        text.set(text=label, **LITERAL)
     return figure
 
 
@@ -42,7 +58,7 @@ def search_figure(trials, scores, parameters, title, ylabel):
     panels[0].legend()
     for axes, (name, values) in zip(panels, {"trial": trials, **parameters}.items(), strict=True):
         axes.scatter(values, scores, color="tab:blue")
-        axes.set_xlabel(name)
+        axes.set_xlabel(name, **LITERAL)
         axes.grid(alpha=0.3)
         if name == "trial":
             continue
@@ -55,8 +71,8 @@ def search_figure(trials, scores, parameters, title, ylabel):
             axes.set_xticks(sorted(set(values)))  # few values: a tick for each
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
-    panels[0].set_ylabel(ylabel)
-    figure.suptitle(title)
+    panels[0].set_ylabel(ylabel, **LITERAL)
+    figure.suptitle(title, **LITERAL)
     return figure
 
 
@@ -78,7 +94,8 @@ def difference_figure(labels, current, candidate, class_names, title):
             colour = "white" if abs(count) > 0.6 * limit else "black"
             axes.text(column, row, text, ha="center", va="center", color=colour)
     rotation = 45 if max(map(len, class_names)) > 2 else 0
-    axes.set_xticks(range(size), class_names, rotation=rotation)
-    axes.set_yticks(range(size), class_names)
-    axes.set(title=title, xlabel="Predicted label", ylabel="True label")
+    axes.set_xticks(range(size), class_names, rotation=rotation, **LITERAL)
+    axes.set_yticks(range(size), class_names, **LITERAL)
+    axes.set_title(title, **LITERAL)
+    axes.set(xlabel="Predicted label", ylabel="True label")
     return figure

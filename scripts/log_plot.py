@@ -80,7 +80,9 @@ def main(argv=None):
             if label in curves:  # trial 0 of two studies, say
                 label += f" ({run.info.run_id[:8]})"
             curves[label] = sorted((point.step, point.value) for point in history)
-            print(f"curve    {label}  {len(history)} points", flush=True)
+            large = sum(abs(point.value) >= figures.LARGEST for point in history)
+            more = f", {large} of them infinite or too large to be drawn" if large else ""
+            print(f"curve    {label}  {len(history)} points{more}", flush=True)
     if not curves:
         raise UserError(
             f"none of these runs has a metric {' or '.join(args.metrics)}.",

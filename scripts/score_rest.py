@@ -22,12 +22,13 @@ URL = "http://127.0.0.1:1234"  # the guide's port; /invocations is added if it i
 COLUMNS = ("sepal_length", "sepal_width", "petal_length", "petal_width")
 ROWS = "[[5.1, 3.5, 1.4, 0.2]]"
 LARGEST, PATIENCE = 2**26, 300  # bytes and seconds of an answer
+OTHER_PORT = "is it the port of mlflow models serve, and not of the tracking server?"
 
 
 def build_parser():
     parser = cli.parser(__doc__)
     parser.add_argument(
-        "--url", type=cli.not_empty, default=URL, help="the served model (default: %(default)s)"
+        "--url", type=str.strip, default=URL, help="the served model (default: %(default)s)"
     )
     parser.add_argument(
         "--columns",
@@ -50,6 +51,8 @@ def build_parser():
 def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
+    if not (args.url and args.url.isprintable()):  # and not shown: it may hold a password
+        parser.error("--url is empty, or holds control characters")
     rows = rows_in(args.data, len(args.columns))
     if rows is None:
         parser.error(f"--data must be rows of {len(args.columns)} values, as JSON: {args.data!r}")
@@ -103,9 +106,15 @@ def rows_in(text, width):
 
 
 def without_login(url):
-    """Return the address without user and password, to be printed."""
-    scheme, slashes, rest = url.rpartition("//")
-    return scheme + slashes + rest.rpartition("@")[2]
+    """Return the address without login and query; with "..." if nobody can tell where one ends.
+
+    It is the rule of `connection.printable`, without MLflow; also where "//" is missing.
+    """
+    import re
+
+    if found := re.match(r"([\w+.-]*:?//+|/?)([^/@]*:.*|[^/]*)@(.*)", url):
+        url = found[1] + ("..." if set("@?#") & set(found[2]) else found[3])
+    return re.split("[?#]", url)[0]
 
 
 def ask(url, payload, count):
@@ -128,10 +137,13 @@ def ask(url, payload, count):
         while piece := response.raw.read1(2**16, decode_content=True):  # what has come so far
             content += piece
             if len(content) > LARGEST or time.monotonic() > start + PATIENCE:
-                raise ValueError(f"its answer takes more than {LARGEST} bytes or {PATIENCE} s")
+                what = f"its answer takes more than {LARGEST} bytes or {PATIENCE} s."
+                raise UserError(f"{shown} answers, but not as a served model: {what}", OTHER_PORT)
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
-        reason = found[1] if found else str(error)[:200].replace(url, shown)
+        # The error's own words repeat the address: whole, encoded, or the parts of a wrong split.
+        reason = str(error)[:200] if shown == url else type(error).__name__
+        reason = found[1] if found else reason
         raise UserError(
             f"no served model answers at {shown}: {reason}",
             'mlflow models serve -m "models:/NAME/1" --env-manager local --port 1234',
@@ -151,7 +163,7 @@ def ask(url, payload, count):
     if not isinstance(predictions, list) or len(predictions) != count:
         raise UserError(
             f"{shown} answers (status {response.status_code}), but not as a served model.",
-            "is it the port of mlflow models serve, and not of the tracking server?",
+            OTHER_PORT,
         )
     return predictions
 

@@ -19,7 +19,17 @@ from conftest import Session, other_user
 
 from common import runs, storage, training
 from common.errors import UserError
-from scripts import local_store, promotions, publishing, score_rest, settings, studies
+from scripts import (
+    check_model,
+    download_and_infer,
+    local_store,
+    networks,
+    promotions,
+    publishing,
+    score_rest,
+    settings,
+    studies,
+)
 
 
 @pytest.fixture
@@ -38,6 +48,22 @@ def refused(act, message):
         act()
     assert time.monotonic() - start < 60  # a pipe or a device would be waited for without end
     assert str(raised.value).count("\n") == 1 and len(str(raised.value)) < 5000
+
+
+def link_out(path):
+    """A link to a file that lies outside the folder that the link is in."""
+    target = path.parent.with_name("elsewhere")
+    target.touch()
+    path.symlink_to(target)
+
+
+ODD_FILES = {
+    "pipe": os.mkfifo,
+    "link": link_out,
+    "link to nothing": lambda path: path.symlink_to(path.parent.with_name("nothing")),
+    "link to itself": lambda path: path.symlink_to(path),
+    "folder": os.mkdir,
+}
 
 
 # A colleague's run
@@ -373,3 +399,113 @@ def test_answers_of_a_served_model(served, capsys, monkeypatch):
     with pytest.raises(UserError) as raised:
         score_rest.main(["--url", "http://me:pa55word@127.0.0.1:9"])
     assert "pa55word" not in str(raised.value) + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://me:pa55word@127.0.0.1:9//x", "http://127.0.0.1:9//x/invocations: Conn"),
+        ("http://me:pa//55word@127.0.0.1:9", "http://127.0.0.1:9/invocations: InvalidURL"),
+        ("http://me:pa?55word@127.0.0.1:9", "http://...: "),
+        ("http://me:pa#55word@127.0.0.1:9", "http://...: "),
+        ("http://me:pa@55word@127.0.0.1:9", "http://...: "),
+        ("http://127.0.0.1:9/x?token=pa55word", "http://127.0.0.1:9/x: Conn"),
+        ("http://127.0.0.1:9/x#pa55word", "http://127.0.0.1:9/x: Conn"),
+        ("me:pa55word@127.0.0.1:9", "127.0.0.1:9/invocations: "),
+        ("//me:pa55word@127.0.0.1:9", "//127.0.0.1:9/invocations: "),
+        (f"http://{'m' * 200}:pa55word@[::1", "http://[::1/invocations: "),
+        ("ftp://me:pa55word@127.0.0.1", "ftp://127.0.0.1/invocations: "),
+        ("http://me:pa55word@127.0.0.1:9\x1b", ""),
+        ("", ""),
+    ],
+)
+def test_no_login_of_a_served_model_is_shown(url, shown, capsys):
+    with pytest.raises((UserError, SystemExit)) as raised:
+        score_rest.main(["--url", url])
+    said = str(raised.value) + "".join(capsys.readouterr())
+    assert (f"answers at {shown}" if shown else "is empty, or holds control") in said
+    assert "55word" not in said and "me:" not in said
+
+
+# A colleague's checkpoint, and a folder where others may write
+
+
+@pytest.fixture
+def checkpoint(store, tmp_path):
+    """(what runs the script on a run with a checkpoint, the checkpoint)"""
+    path = tmp_path / "model.pth"
+    torch.save(networks.SimpleMNIST().state_dict(), path)
+    run_id = store.create_run("0").info.run_id
+    store.log_artifact(run_id, path)
+
+    def infer(*flags):
+        download_and_infer.main(["--run_id", run_id, "--dataset", "digits", *map(str, flags)])
+
+    return infer, path
+
+
+@pytest.mark.parametrize("kind", [*ODD_FILES, "file"])
+def test_a_checkpoint_replaces_nothing(kind, checkpoint, tmp_path):
+    infer, _ = checkpoint
+    folder = tmp_path / "shared"
+    folder.mkdir(mode=0o777)
+    {**ODD_FILES, "file": Path.touch}[kind](folder / "model.pth")
+    before = (folder / "model.pth").lstat()
+    refused(lambda: infer("--download_dir", folder), "model.pth is there already")
+    assert (folder / "model.pth").lstat() == before
+    assert [path.name for path in folder.iterdir()] == ["model.pth"]
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_checkpoint_can_be_downloaded_again(checkpoint, tmp_path):
+    infer, path = checkpoint
+    for _ in range(2):
+        infer("--download_dir", tmp_path / "a" / "b")
+        assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["model.pth"]
+    assert (tmp_path / "a" / "b" / "model.pth").read_bytes() == path.read_bytes()
+
+
+def test_folders_that_cannot_be_written(checkpoint, tmp_path):
+    infer, path = checkpoint
+    (tmp_path / "link").symlink_to("/no-such-folder")
+    for folder in (path / "below", path, tmp_path / "link", "/proc/x", "/dev/null/x"):
+        refused(lambda folder=folder: infer("--download_dir", folder), "download_dir .* cannot be")
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_a_checkpoint_that_is_no_file(kind, store, tmp_path):
+    run = store.create_run("0")
+    path = Path(run.info.artifact_uri.removeprefix("file://"), "model.pth")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ODD_FILES[kind](path)
+    flags = ["--run_id", run.info.run_id, "--dataset", "digits"]
+    refused(lambda: download_and_infer.main(flags), "has no model.pth|cannot be downloaded")
+
+
+# A colleague's model, which check_model.py fetches
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ODD_FILES if kind != "folder"])
+def test_a_model_with_what_is_no_file(kind, store, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "MLmodel").touch()
+    ODD_FILES[kind](tmp_path / "model" / "odd")
+    store.create_registered_model("ODD")
+    store.create_model_version("ODD", str(tmp_path / "model"))
+    message = "No such file or directory" if kind == "link to nothing" else "holds a link, or what"
+    refused(lambda: check_model.main(["models:/ODD/1"]), message)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("s3://bucket/x", "cannot be fetched: Unable to locate credentials"),
+        ("foo://x/y", "cannot be fetched: Could not find a registered"),
+        ("runs:/", "cannot be fetched: Not a proper"),
+        ("models:/NONE/1", "there is no model models:/NONE/1"),
+    ],
+)
+def test_addresses_without_a_model(address, message, store, monkeypatch):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # where botocore looks for a login
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "none")
+    refused(lambda: check_model.main([address]), message)
