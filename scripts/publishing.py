@@ -108,7 +108,8 @@ def send_files(local, server, run, there):
 
 @functools.cache  # once, and not for each run
 def say_missing(folder):
-    print(f"files    none: there is no {folder}; when it is back, --run_id ID sends them")
+    what = f"files    none: there is no {folder}; when it is back, --run_id ID sends them"
+    print(what, flush=True)
 
 
 def files_in(folder):

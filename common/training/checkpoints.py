@@ -83,13 +83,13 @@ class Checkpoint:
             return
         option = ""
         if not self.folder and self.epochs and self.between_epochs:
-            for here in (os.getcwd(), tempfile.gettempdir()):  # full, perhaps
-                self.folder = Path(here, f"checkpoint-{self.launch[:8]}")
+            for place in (os.getcwd, tempfile.gettempdir):  # one may be full, or gone
                 with contextlib.suppress(OSError, UserError):  # the first error is the one to tell
+                    self.folder = Path(place(), f"checkpoint-{self.launch[:8]}")
                     self._open()
                     self._save()
                     break
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self.folder or "", ignore_errors=True)
             option = f" with --checkpoint {shlex.quote(str(self.folder))}"
         if self.saved:
             error.kept = f"The same command{option} goes on after epoch {self.saved}."

@@ -223,18 +223,25 @@ def test_an_error_between_epochs_keeps_what_was_trained(tmp_path):
     assert scores(epochs) == whole and checkpoint.launch in checkpoint.launch
 
 
-def test_a_working_directory_that_is_full(small_disk, tmp_path_factory, monkeypatch):
+@pytest.mark.parametrize("wrong", ["full", "gone"])
+def test_a_working_directory_that_takes_no_file(wrong, small_disk, tmp_path_factory, monkeypatch):
     elsewhere = tmp_path_factory.mktemp("tmp")
     monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
     monkeypatch.chdir(small_disk)
-    Path("filler").write_bytes(bytes(18_000_000))
+    if wrong == "full":
+        Path("filler").write_bytes(bytes(18_000_000))
+    else:
+        Path("work").mkdir()
+        monkeypatch.chdir("work")
+        Path(small_disk, "work").rmdir()
     _, checkpoint, epochs = start(None)
     error = ConnectionError("the server is away")
     with pytest.raises(ConnectionError), checkpoint:
         next(epochs)
         raise error
     assert str(elsewhere / "checkpoint-") in error.kept
-    assert os.listdir() == ["filler"] and len(list(elsewhere.glob("*/training.pt"))) == 1
+    assert set(os.listdir(small_disk)) <= {"filler"}
+    assert len(list(elsewhere.glob("*/training.pt"))) == 1
     monkeypatch.chdir("/")  # so that it can be unmounted
 
 
