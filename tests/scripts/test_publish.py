@@ -718,14 +718,16 @@ def small(prefork, tmp_path_factory):
 def test_files_that_were_left_behind(small, prefork, tmp_path):
     """The database alone was copied: whether there were files, it does not know."""
     session = Session(tmp_path, prefork)
-    publish = f"scripts/publish.py --source sqlite:///{small}/mlflow.db --tracking_uri"
+    shutil.copy(small / "mlflow.db", tmp_path / "copied.db")
+    database = tmp_path / "copied.db"
+    with contextlib.closing(sqlite3.connect(database)) as copied, copied:
+        places = f"replace(artifact_uri, '{small}', '{tmp_path}/job')"
+        copied.execute(f"UPDATE runs SET artifact_uri = {places}")
+    publish = f"scripts/publish.py --source sqlite:///{database} --tracking_uri"
     said = session.type(publish, "sqlite:///there.db").out
-    assert f"\nfiles    none: there is no {small}/mlruns; when it is back" in said
-    (small / "mlruns").mkdir()
-    try:
-        assert "files    none" not in session.type(publish, "sqlite:///other.db").out
-    finally:
-        (small / "mlruns").rmdir()
+    assert f"\nfiles    none: there is no {tmp_path}/job/mlruns; when it is back" in said
+    (tmp_path / "job" / "mlruns").mkdir(parents=True)
+    assert "files    none" not in session.type(publish, "sqlite:///other.db").out
 
 
 @pytest.mark.parametrize(
