@@ -400,6 +400,7 @@ def test_model_is_served_through_the_gateway_by_the_room_alone(alone, box, box_v
     assert "Could not find any registered plugin" not in (alone / "log").read_text()
 
 
+@pytest.mark.slow
 def test_files_that_may_be_left_out(alone):
     room = alone / "common" / "connection"
     for name in ("__main__.py", "failures.py"):

@@ -24,6 +24,7 @@ def train(*arguments, cwd, **variables):
 # The tracking server
 
 
+@pytest.mark.slow
 def test_amsc_server_without_key(tmp_path):
     """No request is made: this passes on a machine without a network."""
     uri = "https://mlflow.american-science-cloud.org"
@@ -32,12 +33,14 @@ def test_amsc_server_without_key(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_server_not_there(tmp_path):
     error = train(code=75, cwd=tmp_path, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert "no server answers at http://127.0.0.1:9" in error
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_certificate_not_trusted(box, tmp_path):
     variables = {"MLFLOW_TRACKING_URI": box.uri, "AM_SC_API_KEY": KEY}
     error = train(cwd=tmp_path, **variables)
@@ -254,6 +257,7 @@ def test_password_in_the_address_is_refused_and_not_printed(tmp_path):
     assert "pa55word" not in finished.out + finished.err
 
 
+@pytest.mark.slow
 def test_key_that_no_header_can_carry(server, tmp_path):
     error = train(cwd=tmp_path, MLFLOW_TRACKING_URI=server, AM_SC_API_KEY="two\nlines-of-key")
     assert "no header can carry it" in error and "lines-of-key" not in error

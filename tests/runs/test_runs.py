@@ -224,6 +224,7 @@ def versions(local):
     return len(client.search_model_versions("name = 'MNIST_CNN'")), str(production.version)
 
 
+@pytest.mark.slow
 def test_alias_stays_if_one_prediction_differs(local, tampered, prefork):
     """One image of 360, and neither a version is made nor the alias moved."""
 

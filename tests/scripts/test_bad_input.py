@@ -9,6 +9,8 @@ import mlflow
 import pytest
 from conftest import fails, write_mnist
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def forked(prefork, monkeypatch):
@@ -26,20 +28,16 @@ def register(run_id, local, script="register_and_inference.py"):
 REGISTER_SCRIPTS = ["register_and_inference.py", "Modify_artifact_location_register_inference.py"]
 
 
-@pytest.mark.parametrize(
-    "script", [REGISTER_SCRIPTS[0], pytest.param(REGISTER_SCRIPTS[1], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("script", [REGISTER_SCRIPTS[0], REGISTER_SCRIPTS[1]])
 def test_unknown_run(local, script):
     error = register("0123456789abcdef0123456789abcdef", local, script)
     assert "there is no run 0123456789abcdef" in error
 
 
-@pytest.mark.slow
 def test_run_id_that_is_none(local):
     assert "there is no run" in register("<RUN_ID>", local)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
 def test_run_that_did_not_finish(local, status):
     client = mlflow.MlflowClient(local.uri)
@@ -49,7 +47,6 @@ def test_run_that_did_not_finish(local, status):
     assert f"is {status}" in register(run_id, local)
 
 
-@pytest.mark.slow
 def test_deleted_run(local):
     client = mlflow.MlflowClient(local.uri)
     client.delete_run(local.run_id)
@@ -60,7 +57,6 @@ def test_deleted_run(local):
     assert "it is DELETED" in error and "mlflow runs restore" in error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", REGISTER_SCRIPTS)
 def test_run_without_a_model(local, script):
     client = mlflow.MlflowClient(local.uri)
@@ -71,7 +67,6 @@ def test_run_without_a_model(local, script):
     assert len(client.search_model_versions()) == before
 
 
-@pytest.mark.slow
 def test_run_of_another_data_set(local, mnist_dir):
     error = fails(
         "register_and_inference.py",
@@ -87,9 +82,7 @@ def test_run_of_another_data_set(local, mnist_dir):
 NO_NETWORK = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
 
 
-@pytest.mark.parametrize(
-    "dataset", ["mnist", pytest.param("fashion_mnist", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist"])
 def test_data_missing_and_no_network(dataset, tmp_path):
     error = fails("train_mnist_mlflow.py", "--dataset", dataset, cwd=tmp_path, **NO_NETWORK)
     assert f"{dataset} is not in {tmp_path}/data" in error
@@ -98,7 +91,6 @@ def test_data_missing_and_no_network(dataset, tmp_path):
     assert [experiment.name for experiment in store.search_experiments()] == ["Default"]
 
 
-@pytest.mark.slow
 def test_data_missing_and_a_network_that_swallows_everything(tmp_path):
     """A compute node behind a firewall: connections are neither accepted nor refused in time."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -107,7 +99,6 @@ def test_data_missing_and_a_network_that_swallows_everything(tmp_path):
     assert "it cannot be downloaded" in error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
@@ -134,7 +125,6 @@ def test_damaged_data_file(file, damage, tmp_path):
 # The shared filesystem
 
 
-@pytest.mark.slow
 def test_target_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for target in (tmp_path / "file" / "models", tmp_path / "file"):
@@ -147,7 +137,6 @@ def test_target_path_that_cannot_be_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["file:///tmp/models", "models%20here"])
 def test_target_path_that_mlflow_would_misread(target, tmp_path):
     error = fails(
@@ -159,7 +148,6 @@ def test_target_path_that_mlflow_would_misread(target, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_target_path_where_nothing_is_mounted(tmp_path):
     target = "/no-such-filesystem/models"
     error = fails("Modify_artifact_location.py", "--target_path", target, cwd=tmp_path)

@@ -202,6 +202,7 @@ def test_recorded_environment_is_the_one_at_hand(local, client):
     assert len(requirements) == 3
 
 
+@pytest.mark.slow
 def test_register_and_inference(local, client):
     """The guide's next command; --dataset is known from the run."""
     before = client.get_model_version_by_alias("MNIST_CNN", "production").version

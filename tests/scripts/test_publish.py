@@ -745,6 +745,7 @@ def test_files_that_were_left_behind(small, prefork, tmp_path):
         ([], "in the store that they are in"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_wrong_is_said(flags, words, small, prefork, tmp_path):
     """And nothing is made: no file, no table."""
     folder = tmp_path / "small"

@@ -445,6 +445,7 @@ def checkpoint(store, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [*ODD_FILES, "file"])
+@pytest.mark.slow
 def test_a_checkpoint_replaces_nothing(kind, checkpoint, tmp_path):
     infer, _ = checkpoint
     folder = tmp_path / "shared"
@@ -486,6 +487,7 @@ def test_a_checkpoint_that_is_no_file(kind, store, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ODD_FILES if kind != "folder"])
+@pytest.mark.slow
 def test_a_model_with_what_is_no_file(kind, store, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "MLmodel").touch()

@@ -167,6 +167,7 @@ def test_numbers_of_another_type_are_converted_and_that_is_said(dtype, tmp_path,
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.slow
 def test_very_many_names(tmp_path):
     torch.save({f"{i}.conv1.weight": torch.zeros(1) for i in range(30_000)}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="missing conv1.weight; .*; ...\\."):

@@ -42,7 +42,7 @@ def scores(epochs):
     return [epoch._replace(seconds=0, ended=0) for epoch in epochs]
 
 
-@pytest.mark.parametrize("done", [0, 1, 3, 4])
+@pytest.mark.parametrize("done", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 3, 4))])
 def test_continued_is_bit_for_bit_the_same(done, tmp_path):
     whole, _, epochs = start(None)
     expected = scores(epochs)
@@ -90,6 +90,7 @@ def refused(folder, message, settings=SETTINGS):
     return error
 
 
+@pytest.mark.slow
 def test_other_settings_are_named(tmp_path):
     _, checkpoint, epochs = start(tmp_path)
     next(epochs)
@@ -107,6 +108,7 @@ def test_other_settings_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "pickle", "bits"])
+@pytest.mark.slow
 def test_damaged_file(damage, tmp_path):
     _, checkpoint, epochs = start(tmp_path)
     next(epochs)

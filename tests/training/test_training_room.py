@@ -16,6 +16,7 @@ OPTIONAL = [("data", "networks", "device", "checkpoints"), ()]
 
 
 @pytest.mark.parametrize("left_out", OPTIONAL)
+@pytest.mark.slow
 def test_what_the_docstring_promises_works_in_a_copy(left_out, tmp_path):
     common = tmp_path / "common"
     shutil.copytree(
