@@ -60,11 +60,12 @@ def main(argv=None):
     from types import SimpleNamespace
 
     import requests
+    from google.protobuf.json_format import ParseError  # MLflow lets it through
     from mlflow.exceptions import MlflowException
 
     from common.errors import STOPPING, UserError
 
-    received = []
+    received, of_server = [], (MlflowException, requests.RequestException, ParseError)
 
     def stop(number, frame):
         """Clean up, quickly, and exit as shells expect; a second signal changes nothing."""
@@ -104,7 +105,7 @@ def main(argv=None):
         failure = None
         try:
             finding = step(check)
-        except (MlflowException, requests.RequestException, OSError, UserError) as error:
+        except (*of_server, OSError, UserError) as error:
             failure = as_failure(error, code)
             failed.append(failure)
             finding = f"FAILED, exit code {failure.code}"
@@ -123,7 +124,7 @@ def main(argv=None):
                     break
             if "run" in findings:
                 passes("clean-up", clean_up, CLEAN_UP)
-    except (MlflowException, requests.RequestException):  # while cleaning up after a signal
+    except of_server:  # while cleaning up after a signal
         print(f"warning: {check.name} may be left on the server.", file=sys.stderr, flush=True)
     if received:
         sys.exit(128 + received[0])

@@ -143,6 +143,15 @@ def test_check_names_each_fault(fault, code, words, box, box_variables, check):
 
 
 @pytest.mark.slow
+def test_answer_of_another_form(box, box_variables, check):
+    """It is JSON, and not MLflow's."""
+    box.fault = (200, {"Content-Type": "application/json"}, b'{"experiments": "x"}')
+    finished = check(code=19, **box_variables)
+    assert "not as an MLflow server" in finished.error
+    assert finished.result["exit_code"] == 19
+
+
+@pytest.mark.slow
 def test_short_trouble_is_waited_out(box, box_variables, check):
     """And then an answer: a batch job does not die of that."""
     left = iter(range(2))
