@@ -22,8 +22,8 @@ MESSAGES = {
     "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false",
     "proxy": "the proxy on the way to {address} does not let through: {reason}.\n"
     "check http_proxy, https_proxy and no_proxy.",
-    "tls": "no trusted TLS connection to {address}: {reason}.\n"
-    "a certificate of your institution needs --ca_bundle FILE; a server without TLS, http://.",
+    "tls": "no trusted TLS connection to {address}: {reason}.\nsigned by your institution: give "
+    "--ca_bundle FILE; expired, or of another host: ask those who run it; no TLS there: http://.",
     "timeout": "{address} did not answer in time: {reason}.\n"
     "check the address, and on a compute node whether it has a network at all.",
     "name": "the name of {address} is unknown: {reason}.\n"
