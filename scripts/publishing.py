@@ -114,15 +114,19 @@ def say_missing(folder):
 
 def files_in(folder):
     """Return {name: path} of all files in a folder and below. UserError if one cannot be sent."""
-    files, hint = {}, "rename it, or put the file there itself; none of its run's files was sent."
+    files, paths = {}, []
+    hint = "rename it, or put the file there itself; none of its run's files was sent."
 
     def stop(error):
         raise error
 
     try:
-        found = [] if folder.is_symlink() or not folder.exists() else os.walk(folder, onerror=stop)
-        paths = [Path(here, name) for here, *names in found for name in (*names[0], *names[1])]
-        for path in [folder] * folder.is_symlink() + sorted(paths):
+        if folder.is_symlink():
+            paths.append(folder)
+        elif folder.exists():
+            for here, folders, names in os.walk(folder, onerror=stop):
+                paths += [Path(here, name) for name in folders + names]
+        for path in sorted(paths):
             # MLflow puts a name into the address as it is: `a#1` and `a#2` would both become `a`.
             odd = set("#?%") & set(path.name) or not path.name.isprintable() or path.is_symlink()
             if odd or not (path.is_file() or path.is_dir()):

@@ -139,10 +139,14 @@ def keys_of(folder):
 def keys_in(folder):
     """{owner: key}: what add_key made. Anything else in there, a copy too, lets nobody in."""
     found, known = {}, keys_in_maps(folder)
-    paths = sorted(keys_of(folder).glob("[!.]*"), key=lambda path: path.lstat().st_mtime)
-    # A copy comes after its original: `cp -p` gives it the same time, but nginx knows it not.
-    for path in sorted(paths, key=lambda path: known.get(path.name) != key_in(path)):
-        key = key_in(path)
+    keys = {path: key_in(path) for path in keys_of(folder).glob("[!.]*")}
+
+    def order(path):
+        """A copy after its original: `cp -p` gives it the same time, but nginx knows it not."""
+        return known.get(path.name) != keys[path], path.lstat().st_mtime
+
+    for path in sorted(keys, key=order):
+        key = keys[path]
         if key and key not in found.values():
             found[path.name] = key
         else:
